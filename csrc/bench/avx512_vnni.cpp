@@ -1,0 +1,31 @@
+// int8_peak for AVX-512 VNNI: vpdpbusd on registers.
+#include <immintrin.h>
+
+#include "../isa.h"
+#include "peak.h"
+
+namespace kt {
+
+peak_result int8_peak_avx512_vnni(int64_t iterations) {
+  record_run(operation::int8_peak, isa::avx512_vnni);
+  constexpr int chains = 16;
+  using accumulators = int32_t __attribute__((vector_size(64)));  // see int8_gemm/avx512_vnni.cpp
+  accumulators sums[chains];  // of different values: the compiler would make equal chains one
+#pragma GCC unroll 16
+  for (int c = 0; c < chains; ++c) sums[c] = accumulators{} + c;
+  const __m512i a = _mm512_set1_epi8(3);
+  const __m512i w = _mm512_set1_epi8(5);
+  for (int64_t it = 0; it < iterations; ++it) {
+#pragma GCC unroll 16
+    for (int c = 0; c < chains; ++c) {
+      sums[c] = reinterpret_cast<accumulators>(
+          _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums[c]), w, a));
+    }
+  }
+  accumulators total = sums[0];
+  for (int c = 1; c < chains; ++c) total ^= sums[c];
+  constexpr int64_t operations_per_step = int64_t{chains} * 64 * 2;
+  return {iterations * operations_per_step, total[0], "vpdpbusd zmm"};
+}
+
+}  // namespace kt

@@ -1,0 +1,19 @@
+// The rate at which registers alone can do a kernel's dot product, exact int8 or bf16 with fp32
+// sums: no loads in the loop. Benchmarks state a kernel's speed as a share of it.
+#pragma once
+
+#include <cstdint>
+
+namespace kt {
+
+struct peak_result {
+  int64_t operations;       // multiplications and additions done
+  int32_t guard;            // keeps the work from being optimised away
+  const char* instruction;  // the instruction or sequence measured
+};
+
+using peak_fn = peak_result(int64_t iterations);
+using int8_peak_fn = peak_fn;
+using bf16_peak_fn = peak_fn;
+
+}  // namespace kt

@@ -1,0 +1,81 @@
+// int8_gemm for AVX2: |w| times sign(a, w) with vpmaddubsw, pairs widened with vpmaddwd.
+//
+// vpmaddubsw multiplies unsigned by signed bytes and adds pairs with saturation to 16 bits. With
+// both operands in [-127, 127] a pair is at most 2 * 127 * 127 = 32258 in magnitude: never
+// saturated. |w| is computed once per line for all rows of the tile.
+#include <immintrin.h>
+
+#include <cassert>
+
+#include "../isa.h"
+#include "../lanes256.h"
+#include "../row_groups.h"
+#include "int8_gemm.h"
+
+namespace kt {
+namespace {
+
+// 4 x 2 accumulators, 2 w, 2 |w|, ones and temporaries fit the 16 registers. On Zen 3, from the L1
+// cache, 3 rows reach 86 % of the peak, 4 rows 90 %; 5 and 6 rows 91 %, but spill.
+constexpr int tile_rows = 4;
+// Zen 3's hardware prefetcher stops at 4 KiB pages; asking one page ahead makes 16 to 64 tokens per
+// call (1 to 6 rows per expert) 15 to 20 % faster and costs nothing elsewhere.
+constexpr int64_t prefetch_bytes = 4096;
+
+accumulators dot4(accumulators sums, __m256i w_magnitude, __m256i a, __m256i w) {
+  const __m256i pairs = _mm256_maddubs_epi16(w_magnitude, _mm256_sign_epi8(a, w));
+  const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  return sums + reinterpret_cast<accumulators>(fours);
+}
+
+// One panel of 16 outputs for MR rows that start at row index i.
+template <int MR>
+void tile(const gemm_args& args, int64_t i, int64_t j) {
+  const int64_t k = args.k;
+  const float* w_scale = static_cast<const float*>(args.w_scale);
+  int64_t row[MR];
+  const int8_t* a[MR];
+  accumulators sums[MR][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+    row[r] = args.rows ? args.rows[i + r] : i + r;
+    a[r] = static_cast<const int8_t*>(args.a) + row[r] * k;
+    sums[r][0] = sums[r][1] = accumulators{};
+  }
+  const int8_t* line = static_cast<const int8_t*>(args.packed) + j * k;
+  int64_t kk = 0;
+  do {
+    _mm_prefetch(line + prefetch_bytes, _MM_HINT_T0);
+    const __m256i w0 = load(line);
+    const __m256i w1 = load(line + 32);
+    const __m256i w0_magnitude = _mm256_abs_epi8(w0);
+    const __m256i w1_magnitude = _mm256_abs_epi8(w1);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const __m256i four = broadcast4(a[r] + kk);
+      sums[r][0] = dot4(sums[r][0], w0_magnitude, four, w0);
+      sums[r][1] = dot4(sums[r][1], w1_magnitude, four, w1);
+    }
+    kk += 4;
+    line += 64;
+  } while (kk < k);
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+    float* c = args.c + (i + r) * args.c_stride + j;
+    store_scaled(c, sums[r][0], args.a_scale[row[r]], w_scale + j);
+    store_scaled(c + 8, sums[r][1], args.a_scale[row[r]], w_scale + j + 8);
+  }
+}
+
+constexpr tile_fn* tiles[tile_rows] = {tile<1>, tile<2>, tile<3>, tile<4>};
+
+}  // namespace
+
+void int8_gemm_avx2(const gemm_args& args) {
+  record_run(operation::int8_gemm, isa::avx2);
+  assert(args.k > 0 && args.k % int8_gemm_k_multiple == 0);
+  assert(args.n % gemm_n_multiple == 0);
+  by_panel(args, tiles);
+}
+
+}  // namespace kt

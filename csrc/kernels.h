@@ -1,0 +1,46 @@
+// The kernels of one instruction set, chosen at run time from the list in kernels.inc.
+#pragma once
+
+#include "bench/peak.h"
+#include "bf16_gemm/bf16_gemm.h"
+#include "combine/combine.h"
+#include "int4_gemm/int4_gemm.h"
+#include "int4_quantize/int4_quantize.h"
+#include "int8_gemm/int8_gemm.h"
+#include "isa.h"
+#include "quantize/quantize.h"
+#include "silu/silu.h"
+
+namespace kt {
+
+struct kernel_table {
+  quantize_rows_fn* quantize_rows;
+  sum_groups_fn* sum_groups;
+  gemm_fn* int8_gemm;
+  gemm_fn* int4_gemm;
+  gemm_fn* bf16_gemm;
+  // The same bits as int8_gemm, and faster for a few rows: it has no tiles to fill.
+  gemm_fn* int8_gemm_few;
+  silu_mul_fn* silu_mul;
+  weighted_add_fn* weighted_add;
+  round_rows_fn* round_rows;
+  int4_quantize_fn* int4_quantize;
+  peak_fn* int8_peak;
+  peak_fn* bf16_peak;
+};
+
+// The instruction set of the kernel that `select_kernels(cap)` has for an operation.
+isa selected_isa(operation op, isa cap);
+
+// For each operation the best kernel that this process can run and that is no higher than `cap`.
+kernel_table select_kernels(isa cap);
+
+struct kernel_entry {
+  operation op;
+  isa level;
+};
+
+// The list itself; `count` receives its length.
+const kernel_entry* kernel_list(int* count);
+
+}  // namespace kt

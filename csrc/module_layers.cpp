@@ -1,0 +1,227 @@
+// Layers for Python: they check their tensors once, keep them alive and read them in place.
+#include "module_layers.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "binding.h"
+#include "experts/experts.h"
+#include "kernels.h"
+#include "linear/linear.h"
+#include "released_gil.h"
+#include "tensor_view.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kt {
+namespace {
+
+packed_matrix matrix(const tensor_view& packed, const tensor_view& scale) {
+  return {static_cast<const char*>(packed.data), static_cast<const char*>(scale.data)};
+}
+
+// What every layer has: tensors that it keeps alive, and how it computes.
+class packed_layer {
+ public:
+  packed_layer(std::vector<nb::object> tensors, weight_format format, std::optional<int> threads,
+               const optional_isa& wanted)
+      : tensors_(std::move(tensors)), format_(format), threads_(checked_threads(threads)) {
+    const kt::isa cap = chosen_isa(wanted);
+    isa_ = selected_isa(product_of(format), cap);
+    kernels_ = select_kernels(cap);
+  }
+
+  int threads() const { return threads_; }
+  std::string format() const { return format_name(format_); }
+  std::string isa() const { return isa_name(isa_); }
+
+  int traverse(visitproc visit, void* arg) {
+    for (nb::object& tensor : tensors_) Py_VISIT(tensor.ptr());
+    return 0;
+  }
+
+  // Only for a layer that the garbage collector has found unreachable: it cannot be called again.
+  void clear() {
+    for (nb::object& tensor : tensors_) tensor.reset();
+  }
+
+ protected:
+  // Calls compute(begin, count) without the GIL for `rows` rows, at most `step` at a time: in
+  // between Ctrl-C is heard, so that it is prompt even in the longest prompt.
+  template <typename function>
+  void in_chunks(int64_t rows, int64_t step, const function& compute) const {
+    for (int64_t begin = 0; begin < rows; begin += step) {
+      {
+        const released_gil release;
+        compute(begin, std::min(rows - begin, step));
+      }
+      if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    }
+  }
+
+  const kernel_table& kernels() const { return kernels_; }
+
+ private:
+  std::vector<nb::object> tensors_;
+  weight_format format_;
+  int threads_;
+  kt::isa isa_;
+  kernel_table kernels_;
+};
+
+class experts : public packed_layer {
+ public:
+  experts(nb::object gate_up, nb::object gate_up_scale, nb::object down, nb::object down_scale,
+          const std::string& format_name, int64_t hidden_size, int64_t moe_intermediate_size,
+          std::optional<int> threads, const optional_isa& wanted)
+      : packed_layer({gate_up, gate_up_scale, down, down_scale}, find_format(format_name), threads,
+                     wanted) {
+    const weight_format format = find_format(format_name);
+    check_size("hidden_size", hidden_size, gemm_max_k);
+    check_size("moe_intermediate_size", moe_intermediate_size, gemm_max_k);
+    const int64_t d = hidden_size, f = moe_intermediate_size;
+    const tensor_view g = view_tensor(gate_up, "gate_up_packed", {element::uint8},
+                                      {any_size, 2 * packed_bytes(format, f, d)});
+    const int64_t count = g.shape[0];
+    check_size("num_experts", count, int64_t{1} << 20);
+    const element type = scale_element(format);
+    const tensor_view gs =
+        view_tensor(gate_up_scale, "gate_up_scale", {type}, {count, 2, scale_count(format, f, d)});
+    const tensor_view dp =
+        view_tensor(down, "down_packed", {element::uint8}, {count, packed_bytes(format, d, f)});
+    const tensor_view ds =
+        view_tensor(down_scale, "down_scale", {type}, {count, scale_count(format, d, f)});
+    weights_ = {format, count, d, f, matrix(g, gs), matrix(dp, ds)};
+  }
+
+  void forward(nb::handle hidden_states, nb::handle top_k_index, nb::handle top_k_weights,
+               nb::handle out) const {
+    const tensor_view x =
+        view_tensor(hidden_states, "hidden_states", {element::bf16, element::fp32},
+                    {any_size, weights_.hidden_size});
+    const int64_t tokens = x.shape[0];
+    const tensor_view index = view_tensor(top_k_index, "top_k_index",
+                                          {element::int64, element::int32}, {tokens, any_size});
+    const int64_t top_k = index.shape[1];
+    const tensor_view weight =
+        view_tensor(top_k_weights, "top_k_weights", {element::fp32, element::bf16, element::fp16},
+                    {tokens, top_k});
+    const tensor_view y = view_tensor(out, "out", {x.type}, {tokens, weights_.hidden_size});
+    const experts_input input{{tokens, top_k, index.data,
+                               index.type == element::int64 ? index_type::int64 : index_type::int32,
+                               weight.data, as_float_type(weight.type)},
+                              x.data,
+                              y.data,
+                              as_float_type(x.type)};
+    const int64_t bad = first_bad_index(input.routed, weights_.num_experts);
+    if (bad >= 0) {
+      value_error("top_k_index: token " + std::to_string(bad / top_k) + ", slot " +
+                  std::to_string(bad % top_k) + " names expert " +
+                  std::to_string(expert_at(input.routed, bad)) + ", expected 0 to " +
+                  std::to_string(weights_.num_experts - 1) + ", or " +
+                  std::to_string(weights_.num_experts) + " to skip the slot");
+    }
+    in_chunks(tokens, max_chunk_tokens(top_k), [&](int64_t begin, int64_t count) {
+      experts_forward(kernels(), weights_, input, begin, count, threads());
+    });
+  }
+
+  int64_t num_experts() const { return weights_.num_experts; }
+  int64_t hidden_size() const { return weights_.hidden_size; }
+  int64_t moe_intermediate_size() const { return weights_.moe_intermediate_size; }
+
+ private:
+  experts_weights weights_;
+};
+
+class linear : public packed_layer {
+ public:
+  linear(nb::object packed, nb::object scale, const std::string& format_name, int64_t in_features,
+         int64_t out_features, std::optional<int> threads, const optional_isa& wanted)
+      : packed_layer({packed, scale}, find_format(format_name), threads, wanted) {
+    const weight_format format = find_format(format_name);
+    check_size("in_features", in_features, gemm_max_k);
+    check_size("out_features", out_features, int64_t{1} << 30);
+    const tensor_view p = view_tensor(packed, "packed", {element::uint8},
+                                      {packed_bytes(format, out_features, in_features)});
+    const tensor_view s = view_tensor(scale, "scale", {scale_element(format)},
+                                      {scale_count(format, out_features, in_features)});
+    weights_ = {format, in_features, out_features, matrix(p, s)};
+  }
+
+  void forward(nb::handle x, nb::handle out) const {
+    const tensor_view xv =
+        view_tensor(x, "x", {element::bf16, element::fp32}, {any_size, weights_.in_features});
+    const int64_t rows = xv.shape[0];
+    const tensor_view y = view_tensor(out, "out", {xv.type}, {rows, weights_.out_features});
+    const linear_input input{xv.data, y.data, as_float_type(xv.type)};
+    in_chunks(rows, max_linear_rows, [&](int64_t begin, int64_t count) {
+      linear_forward(kernels(), weights_, input, begin, count, threads());
+    });
+  }
+
+  int64_t in_features() const { return weights_.in_features; }
+  int64_t out_features() const { return weights_.out_features; }
+
+ private:
+  linear_weights weights_;
+};
+
+template <typename layer>
+int traverse_layer(PyObject* self, visitproc visit, void* arg) {
+#if PY_VERSION_HEX >= 0x03090000
+  Py_VISIT(Py_TYPE(self));
+#endif
+  if (!nb::inst_ready(self)) return 0;
+  return nb::inst_ptr<layer>(self)->traverse(visit, arg);
+}
+
+template <typename layer>
+int clear_layer(PyObject* self) {
+  if (nb::inst_ready(self)) nb::inst_ptr<layer>(self)->clear();
+  return 0;
+}
+
+template <typename layer>
+PyType_Slot layer_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse_layer<layer>)},
+                             {Py_tp_clear, reinterpret_cast<void*>(clear_layer<layer>)},
+                             {0, nullptr}};
+
+}  // namespace
+
+void bind_layers(nb::module_& m) {
+  nb::class_<experts>(m, "Experts", nb::type_slots(layer_slots<experts>))
+      .def(nb::init<nb::object, nb::object, nb::object, nb::object, const std::string&, int64_t,
+                    int64_t, std::optional<int>, const optional_isa&>(),
+           "gate_up_packed"_a, "gate_up_scale"_a, "down_packed"_a, "down_scale"_a, nb::kw_only(),
+           "format"_a, "hidden_size"_a, "moe_intermediate_size"_a, "threads"_a = nb::none(),
+           "isa"_a = nb::none())
+      .def("forward", &experts::forward, "hidden_states"_a, "top_k_index"_a, "top_k_weights"_a,
+           "out"_a)
+      .def_prop_ro("num_experts", &experts::num_experts)
+      .def_prop_ro("hidden_size", &experts::hidden_size)
+      .def_prop_ro("moe_intermediate_size", &experts::moe_intermediate_size)
+      .def_prop_ro("format", &experts::format)
+      .def_prop_ro("threads", &experts::threads)
+      .def_prop_ro("isa", &experts::isa);
+  nb::class_<linear>(m, "Linear", nb::type_slots(layer_slots<linear>))
+      .def(nb::init<nb::object, nb::object, const std::string&, int64_t, int64_t,
+                    std::optional<int>, const optional_isa&>(),
+           "packed"_a, "scale"_a, nb::kw_only(), "format"_a, "in_features"_a, "out_features"_a,
+           "threads"_a = nb::none(), "isa"_a = nb::none())
+      .def("forward", &linear::forward, "x"_a, "out"_a)
+      .def_prop_ro("in_features", &linear::in_features)
+      .def_prop_ro("out_features", &linear::out_features)
+      .def_prop_ro("format", &linear::format)
+      .def_prop_ro("threads", &linear::threads)
+      .def_prop_ro("isa", &linear::isa);
+}
+
+}  // namespace kt

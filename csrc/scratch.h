@@ -1,0 +1,66 @@
+// Memory for the intermediates of layers, kept and reused: decode allocates nothing once warm.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "experts/routing.h"
+#include "weights/rows.h"
+
+namespace kt {
+
+// Grows, never shrinks, and does not keep its contents when it grows.
+template <typename element>
+class buffer {
+ public:
+  element* reserve(int64_t count) {
+    if (count > capacity_) {
+      data_.reset();
+      data_.reset(new element[static_cast<size_t>(count)]);
+      capacity_ = count;
+    }
+    return data_.get();
+  }
+
+ private:
+  std::unique_ptr<element[]> data_;
+  int64_t capacity_ = 0;
+};
+
+// Room for rows of activations in the form that a weight format takes.
+struct row_scratch {
+  buffer<char> values;
+  buffer<float> scale;
+  buffer<int32_t> row_sum, group_sum;
+
+  activation_rows reserve(weight_format format, int64_t rows, int64_t k) {
+    return {values.reserve(rows * row_bytes(format, k)), scale.reserve(rows), row_sum.reserve(rows),
+            group_sum.reserve(rows * row_groups(format, k))};
+  }
+};
+
+struct scratch {
+  routing routed;
+  row_scratch x;
+  buffer<float> h;
+  row_scratch h_prepared;
+  buffer<std::atomic<int64_t>> slices_left;
+  buffer<float> tiles;
+};
+
+// One scratch for the duration of a call: as many exist as calls have run at the same time.
+class borrowed_scratch {
+ public:
+  borrowed_scratch();
+  ~borrowed_scratch();
+  borrowed_scratch(const borrowed_scratch&) = delete;
+  borrowed_scratch& operator=(const borrowed_scratch&) = delete;
+  scratch* operator->() const { return scratch_; }
+
+ private:
+  scratch* scratch_;
+};
+
+}  // namespace kt

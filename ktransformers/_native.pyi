@@ -1,0 +1,277 @@
+"""The C++ kernels: packed weights, the routed experts, and the pieces they are made of.
+
+Tensors are contiguous, on the CPU, and belong to the caller: anything that speaks DLPack will do.
+What a function writes is an argument (`packed`, `scale`, `q`, `out`, ...). Nothing here tracks
+gradients. Formulas and packed layouts are in the headers under `csrc/`.
+
+A `format` is that of weights: `int8`, `int4-32`, `int4-64`, `int4-128` (groups of so many along k
+share a scale) or `bf16`.
+
+`KTRANSFORMERS_ISA` caps the instruction set; the keyword `isa` asks for a lower one still, to
+compare. Both raise ValueError for one that this process cannot use.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+def isa() -> str:
+    """Return the best instruction set in use, `avx2` for example."""
+
+def isas() -> list[str]:
+    """Return the instruction sets that this process can use, best first."""
+
+def kernels() -> list[tuple[str, str]]:
+    """Return every kernel of this build as (operation, isa), whether it can run here or not."""
+
+def kernel_runs() -> dict[tuple[str, str], int]:
+    """Return how often each kernel has run in this process, by (operation, isa)."""
+
+def default_threads() -> int:
+    """Return the physical cores in the affinity mask, capped by the cgroups' CPU quota."""
+
+def pool_threads() -> int:
+    """Return the worker threads alive; the calling thread is one more."""
+
+def topology(root: str = "") -> Topology:
+    """Read what the calling thread may use of the machine, from files under `root`/sys and /proc.
+
+    Never raises for what is missing there: every CPU is then a core, and all memory is node 0.
+    """
+
+def numa_mode(wanted: str | None = None) -> str:
+    """Return `wanted`, checked; without one, what the environment says.
+
+    `USE_NUMA=1`, the classic switch, means `replicate`; otherwise it is `interleave`. Raises
+    ValueError for another mode or another value.
+    """
+
+def numa_plan(
+    mode: str,
+    *,
+    matrices: int,
+    outputs: int,
+    output_bytes: int,
+    nodes: Sequence[int] | None = None,
+) -> list[NumaPart]:
+    """Cut a packed weight into parts of memory, one or one per node (csrc/numa_memory.h).
+
+    `matrices` of one shape, one per expert, or two where gate and up are stored together;
+    `outputs` of each, a multiple of 32; `output_bytes` of one output's packed weights. `nodes`
+    defaults to `topology().nodes(mode)`. Allocates nothing.
+    """
+
+def formats() -> list[str]:
+    """Return the names of all weight formats."""
+
+def packed_bytes(n: int, k: int, format: str) -> int:
+    """Return the bytes of a packed matrix `[n, k]`, n padded to 32 and k as the format asks."""
+
+def scale_count(n: int, k: int, format: str) -> int:
+    """Return how many scales a packed matrix has: fp32 in int8, bf16 in int4, none in bf16."""
+
+def pack(
+    weight: Tensor, packed: Tensor, scale: Tensor, format: str, *, isa: str | None = None
+) -> None:
+    """Quantise and pack one matrix; releases the GIL, and may run in several threads at once.
+
+    `weight` `[n, k]` bf16, fp16 or fp32; `packed` uint8 `[packed_bytes(n, k, format)]`; `scale`
+    `[scale_count(n, k, format)]`, in int4 as [n/16][k/group_size][16]. Raises ValueError where a
+    weight is not finite: how many, and the first.
+    """
+
+def unpack(packed: Tensor, out: Tensor, format: str) -> None:
+    """Read packed weights back into `out` `[n, k]`: int8 integers, or bf16 in that format."""
+
+def quantize_rows(
+    x: Tensor, q: Tensor, scale: Tensor, sum: Tensor, *, isa: str | None = None
+) -> None:
+    """Quantise each row of `x` `[m, k]` symmetrically to int8 (csrc/quantize/quantize.h).
+
+    `q` int8 `[m, k padded to a multiple of 64]`, `scale` fp32 `[m]`, `sum` int32 `[m]`.
+    """
+
+def sum_groups(q: Tensor, sum: Tensor, *, isa: str | None = None) -> None:
+    """Sum each row of `q` int8 `[m, k]` in as many equal groups as `sum` int32 has columns."""
+
+def gemm(
+    a: Tensor,
+    a_scale: Tensor | None,
+    a_sum: Tensor | None,
+    packed: Tensor,
+    w_scale: Tensor,
+    out: Tensor,
+    format: str,
+    *,
+    rows: Tensor | None = None,
+    isa: str | None = None,
+) -> None:
+    """Multiply rows of activations with packed weights (csrc/gemm.h).
+
+    `a` `[*, k]` int8 in [-127, 127], with `a_scale` from `quantize_rows` and `a_sum` int32
+    `[*, 1]` from there too, in int4 `[*, k / group_size]` from `sum_groups`; or, in the format
+    bf16, bf16 with neither. `out` fp32 `[m, n]`, k and n as padded; `rows` int32 `[m]` picks rows
+    of `a`.
+    """
+
+def silu_mul(gate: Tensor, up: Tensor, out: Tensor, *, isa: str | None = None) -> None:
+    """Compute silu(gate) * up, all fp32 `[m, n]`, n a multiple of 16 (csrc/silu/silu.h)."""
+
+def weighted_add(
+    d: Tensor, token: Tensor, weight: Tensor, y: Tensor, *, isa: str | None = None
+) -> None:
+    """Add `weight[i] * d[i]` to `y[token[i]]`, row after row (csrc/combine/combine.h).
+
+    `d` fp32 `[m, n]`, `token` int32 `[m]`, `weight` fp32 `[m]`, `y` fp32 `[*, n]`, n a multiple
+    of 16.
+    """
+
+def round_rows(y: Tensor, out: Tensor, *, isa: str | None = None) -> None:
+    """Round fp32 `y` `[m, n]` to `out`, bf16 or fp32; every NaN becomes the same quiet one."""
+
+def bench_read_bandwidth(buffer: Tensor, threads: int | None = None, seconds: float = 0.2) -> float:
+    """Return the bytes per second at which threads read a uint8 buffer, again and again."""
+
+def bench_peak(
+    format: str, threads: int | None = None, seconds: float = 0.2, *, isa: str | None = None
+) -> tuple[float, str]:
+    """Return the operations per second that registers alone allow, and the instructions.
+
+    Of the exact int8 dot product, or with the format bf16 that of bf16.
+    """
+
+class Topology:
+    """What a thread may use of the machine (csrc/topology.h)."""
+
+    @property
+    def cores(self) -> list[tuple[int, list[int]]]:
+        """Physical cores: the node, and the CPUs in the affinity mask."""
+
+    @property
+    def memory_nodes(self) -> list[int]:
+        """Nodes with memory that this process may use."""
+
+    @property
+    def threads(self) -> int:
+        """The number of cores, capped by the CPU quota: what `threads: auto` means."""
+
+    def nodes(self, mode: str) -> list[int]:
+        """Return the nodes that a mode uses; shard and replicate leave out those without cores."""
+
+    def place_threads(self, threads: int, caller_cpu: int = -1) -> list[tuple[int, list[int]]]:
+        """Return node and CPUs of each thread of a job; no CPUs: it may run anywhere.
+
+        The first is the calling thread, on `caller_cpu`, and is never held to its place.
+        """
+
+class NumaPart:
+    """Memory for some outputs of every matrix of a weight: `[matrices, outputs, output_bytes]`."""
+
+    @property
+    def nodes(self) -> list[int]:
+        """The node, or those that the pages are dealt to in turn."""
+
+    @property
+    def first_output(self) -> int: ...
+    @property
+    def outputs(self) -> int:
+        """How many of each matrix; 0 where there are fewer panels of 32 than nodes."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def allocated(self) -> int:
+        """Bytes that `allocate` takes: whole pages."""
+
+    def allocate(self, *, bind: Callable[[int, int, list[int]], object] | None = None) -> object:
+        """Return the memory, flat uint8 zeros bound to nodes, as a capsule for `torch.from_dlpack`.
+
+        It is freed with the last tensor that refers to it. `bind(address, bytes, nodes)` takes the
+        place of the kernel's mbind, to pretend a machine. Raises MemoryError, or OSError where the
+        kernel refuses to bind.
+        """
+
+class Experts:
+    """The routed experts of one layer (csrc/experts/experts.h).
+
+    Holds references to its tensors and reads their memory in place: change nothing in them.
+    `forward` may be called from several threads. A token's output does not depend on the other
+    tokens or the number of threads, and with integer weights not on the instruction set.
+    """
+
+    def __init__(
+        self,
+        gate_up_packed: Tensor,
+        gate_up_scale: Tensor,
+        down_packed: Tensor,
+        down_scale: Tensor,
+        *,
+        format: str,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        threads: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        """Check and adopt the tensors; D `hidden_size`, F `moe_intermediate_size`, E experts.
+
+        `gate_up_packed` uint8 `[E, 2 * packed_bytes(F, D, format)]`, gate before up;
+        `gate_up_scale` `[E, 2, scale_count(F, D, format)]`; `down_packed` uint8
+        `[E, packed_bytes(D, F, format)]`; `down_scale` `[E, scale_count(D, F, format)]`. `threads`
+        defaults to `default_threads()`.
+        """
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, out: Tensor
+    ) -> None:
+        """Write the weighted sum of each token's experts to `out`.
+
+        `hidden_states` and `out` bf16 or fp32 `[T, D]` (may be the same tensor); `top_k_index`
+        int64 or int32 `[T, K]`, where E means "skip this slot"; `top_k_weights` fp32, bf16 or
+        fp16 `[T, K]`. Raises ValueError, naming token and slot, for any other index.
+        """
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def moe_intermediate_size(self) -> int: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+
+class Linear:
+    """A dense projection without bias (csrc/linear/linear.h).
+
+    Holds references to its tensors and reads their memory in place, as `Experts` does.
+    """
+
+    def __init__(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        *,
+        format: str,
+        in_features: int,
+        out_features: int,
+        threads: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        """Check and adopt the tensors, as `pack` writes them."""
+
+    def forward(self, x: Tensor, out: Tensor) -> None:
+        """Project `x` `[T, in_features]` to `out` `[T, out_features]`, both bf16 or both fp32."""
+
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...

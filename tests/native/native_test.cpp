@@ -1,0 +1,253 @@
+// The layer on every usable instruction set, thread count and from several callers at once, against
+// the portable kernels on one thread, bit for bit. No Python: made for sanitizers.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "experts/experts.h"
+#include "thread_pool.h"
+#include "topology.h"
+#include "weights/pack.h"
+
+namespace {
+
+using kt::isa;
+
+int failures = 0;
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  ++failures;
+  std::fprintf(stderr, "FAILED: %s\n", what);
+}
+
+struct layer {
+  kt::weight_format format;
+  int64_t experts, d, f;
+  std::vector<char> gate_up, gate_up_scale, down, down_scale;
+
+  kt::experts_weights weights() const {
+    return {format,
+            experts,
+            d,
+            f,
+            {gate_up.data(), gate_up_scale.data()},
+            {down.data(), down_scale.data()}};
+  }
+};
+
+struct request {
+  int64_t tokens, top_k;
+  std::vector<float> x, weight;
+  std::vector<int64_t> index;
+};
+
+std::vector<float> normal(std::mt19937& random, int64_t count) {
+  std::normal_distribution<float> distribution;
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = distribution(random);
+  return values;
+}
+
+void pack_into(kt::weight_format format, std::mt19937& random, int64_t n, int64_t k,
+               std::vector<char>* packed, std::vector<char>* scale) {
+  const std::vector<float> weight = normal(random, n * k);
+  const size_t begin = packed->size(), scale_begin = scale->size();
+  packed->resize(begin + static_cast<size_t>(kt::packed_bytes(format, n, k)));
+  scale->resize(scale_begin +
+                static_cast<size_t>(kt::scale_count(format, n, k) * kt::scale_size(format)));
+  const kt::kernel_table kernels = kt::select_kernels(isa(kt::isa_count - 1));
+  const kt::non_finite found = kt::pack(kernels, format, weight.data(), kt::float_type::fp32, n, k,
+                                        packed->data() + begin, scale->data() + scale_begin);
+  expect(found.count == 0, "finite weights are reported as finite");
+}
+
+layer make_layer(std::mt19937& random, kt::weight_format format, int64_t experts, int64_t d,
+                 int64_t f) {
+  layer made{format, experts, d, f, {}, {}, {}, {}};
+  for (int64_t e = 0; e < experts; ++e) {
+    for (int half = 0; half < 2; ++half) {
+      pack_into(format, random, f, d, &made.gate_up, &made.gate_up_scale);
+    }
+    pack_into(format, random, d, f, &made.down, &made.down_scale);
+  }
+  return made;
+}
+
+request make_request(std::mt19937& random, const layer& of, int64_t tokens, int64_t top_k) {
+  request made{tokens, top_k, normal(random, tokens * of.d), normal(random, tokens * top_k), {}};
+  std::uniform_int_distribution<int64_t> any_expert(0, of.experts);  // the last one skips the slot
+  for (int64_t i = 0; i < tokens * top_k; ++i) made.index.push_back(any_expert(random));
+  return made;
+}
+
+std::vector<float> forward(const layer& on, const request& of, isa level, int threads) {
+  std::vector<float> out(static_cast<size_t>(of.tokens * on.d), -1.0f);
+  const kt::experts_input input{{of.tokens, of.top_k, of.index.data(), kt::index_type::int64,
+                                 of.weight.data(), kt::float_type::fp32},
+                                of.x.data(),
+                                out.data(),
+                                kt::float_type::fp32};
+  const int64_t step = kt::max_chunk_tokens(of.top_k);
+  const kt::kernel_table kernels = kt::select_kernels(level);
+  for (int64_t begin = 0; begin < of.tokens; begin += step) {
+    const int64_t count = of.tokens - begin < step ? of.tokens - begin : step;
+    kt::experts_forward(kernels, on.weights(), input, begin, count, threads);
+  }
+  return out;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+std::vector<isa> usable() {
+  std::vector<isa> levels;
+  for (int level = 0; level < kt::isa_count; ++level) {
+    if (kt::isa_supported(isa(level))) levels.push_back(isa(level));
+  }
+  return levels;
+}
+
+// The levels that have a matrix product of their own for the format: others repeat one of these.
+std::vector<isa> usable_for(kt::weight_format format) {
+  std::vector<isa> levels;
+  for (isa level : usable()) {
+    if (kt::selected_isa(kt::product_of(format), level) == level) levels.push_back(level);
+  }
+  return levels;
+}
+
+// What a level must equal: portable to the bit, or with bf16 weights its own single thread.
+isa reference_level(kt::weight_format format, isa level) {
+  return format.kind == kt::weight_kind::bf16 ? level : isa::portable;
+}
+
+void test_every_isa_and_thread_count(std::mt19937& random, kt::weight_format format) {
+  const int64_t sizes[][3] = {{1, 1, 1}, {3, 100, 50}, {8, 64, 32}, {5, 129, 65}, {4, 256, 160}};
+  const int64_t token_counts[] = {1, 2, 7, 33, 70};
+  for (const auto& size : sizes) {
+    const layer made = make_layer(random, format, size[0], size[1], size[2]);
+    for (int64_t tokens : token_counts) {
+      const request asked = make_request(random, made, tokens, 1 + tokens % 4);
+      for (isa level : usable_for(format)) {
+        const std::vector<float> expected = forward(made, asked, reference_level(format, level), 1);
+        for (int threads : {1, 2, 4}) {
+          expect(same_bits(forward(made, asked, level, threads), expected), kt::isa_name(level));
+        }
+      }
+    }
+  }
+}
+
+void test_more_than_one_chunk(std::mt19937& random, kt::weight_format format) {
+  const layer made = make_layer(random, format, 2, 16, 8);
+  const request asked = make_request(random, made, 1025, 1);
+  for (isa level : usable_for(format)) {
+    const std::vector<float> expected = forward(made, asked, reference_level(format, level), 1);
+    expect(same_bits(forward(made, asked, level, 3), expected), "two chunks");
+  }
+}
+
+void test_concurrent_callers(std::mt19937& random) {
+  const layer made = make_layer(random, {kt::weight_kind::int4, 32}, 8, 96, 64);
+  const request asked = make_request(random, made, 40, 3);
+  const std::vector<float> expected = forward(made, asked, isa::portable, 1);
+  const isa best = usable().back();
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 4; ++caller) {
+    callers.emplace_back([&, caller] {
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        const int threads = 1 + (caller + repeat) % 4;
+        if (!same_bits(forward(made, asked, best, threads), expected)) ++wrong;
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  expect(wrong == 0, "concurrent callers");
+}
+
+// Each task of a phase runs once, and sees all of the phase before.
+void test_phases_are_ordered() {
+  struct counters {
+    std::atomic<int> first{0}, second{0}, out_of_order{0};
+  };
+  for (int repeat = 0; repeat < 2000; ++repeat) {
+    counters seen;
+    const kt::phase phases[] = {
+        {17, [](void* c, int64_t, int) { ++static_cast<counters*>(c)->first; }, &seen},
+        {0, [](void* c, int64_t, int) { ++static_cast<counters*>(c)->out_of_order; }, &seen},
+        {23,
+         [](void* c, int64_t, int) {
+           counters* all = static_cast<counters*>(c);
+           if (all->first != 17) ++all->out_of_order;
+           ++all->second;
+         },
+         &seen}};
+    kt::run_phases(phases, 3, 1 + repeat % 5);
+    expect(seen.first == 17 && seen.second == 23 && seen.out_of_order == 0, "phases");
+  }
+}
+
+// Whether a worker is held to a node or runs anywhere, it is on one that exists.
+void test_workers_know_their_node() {
+  struct seen_nodes {
+    const kt::topology machine = kt::read_topology();
+    std::atomic<int> unknown{0};
+  } seen;
+  for (int threads : {1, 2, seen.machine.threads, 6}) {
+    const kt::phase phases[] = {{64,
+                                 [](void* c, int64_t, int worker) {
+                                   seen_nodes* all = static_cast<seen_nodes*>(c);
+                                   const int node = kt::worker_node(worker);
+                                   bool known = false;
+                                   for (const kt::core& one : all->machine.cores) {
+                                     known |= one.node == node;
+                                   }
+                                   if (!known) ++all->unknown;
+                                 },
+                                 &seen}};
+    kt::run_phases(phases, 1, threads);
+  }
+  expect(seen.unknown == 0, "a worker's node");
+}
+
+#if !defined(__SANITIZE_THREAD__)  // ThreadSanitizer does not support threads after fork
+void test_fork(std::mt19937& random) {
+  const layer made = make_layer(random, {kt::weight_kind::int8, 0}, 4, 64, 32);
+  const request asked = make_request(random, made, 9, 2);
+  const std::vector<float> expected = forward(made, asked, isa::portable, 2);
+  const pid_t child = fork();
+  if (child == 0) _exit(same_bits(forward(made, asked, isa::portable, 2), expected) ? 0 : 1);
+  int status = 0;
+  waitpid(child, &status, 0);
+  expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the pool works after fork");
+}
+#endif
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  test_workers_know_their_node();
+  test_phases_are_ordered();
+  for (kt::weight_format format : kt::weight_formats()) {
+    test_every_isa_and_thread_count(random, format);
+    test_more_than_one_chunk(random, format);
+  }
+  test_concurrent_callers(random);
+#if !defined(__SANITIZE_THREAD__)
+  test_fork(random);
+#endif
+  for (isa level : usable()) std::printf("%s ", kt::isa_name(level));
+  std::printf("- %s\n", failures ? "FAILED" : "passed");
+  return failures ? 1 : 0;
+}
