@@ -1,0 +1,188 @@
+"""The contract of an operator: what takes a module's place, and what it is told and must tell.
+
+An operator is born on the meta device, inside `plan`, from the module that it will replace. It
+says what it needs (`footprint`) before any weight exists, takes its place in `apply`, and reads
+its own weights from a checkpoint in `load`. What it cannot do it says by raising `ValueError` in
+`from_module`; it never falls back in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where an operator stands: everything that it may know of the model around it."""
+
+    name: str  # dotted module name, such as model.layers.3.mlp.experts
+    layer: int | None  # the decoder layer that the name lies in
+    config: Any  # the model's PreTrainedConfig
+    dtype: torch.dtype  # of the activations that reach it
+    device: torch.device  # where unpacked weights of the model live
+    rule: str  # "rules/v3.yaml:12: rule 3", for messages
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What an operator needs, known before any weight exists."""
+
+    device: torch.device
+    weight_bytes: int  # resident once loaded
+    flops_per_token: int  # multiply and add count as two
+    bytes_read_per_token: int  # of weights, for one token alone
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor of a checkpoint, unread."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # as `Checkpoint.read` returns it
+    file: str  # where it lies, for messages
+    nbytes: int  # that reading it moves
+
+
+class Checkpoint(Protocol):
+    """Tensors by their HuggingFace name, read lazily, whatever the file format.
+
+    Canonical names are one tensor per expert (`...mlp.experts.7.up_proj.weight`), also where the
+    file holds all experts fused. Block scales of FP8 weights are applied by `read` and have no
+    name of their own. All methods are safe to call from several threads at once.
+    """
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Return every tensor by canonical name."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor to the CPU, contiguous; the caller owns the memory.
+
+        Raises ValueError, naming file and tensor, where the file does not hold what it promises.
+        """
+
+
+class Operator(nn.Module):
+    """A module that takes another's place. Its `forward` has that module's signature."""
+
+    consumes: ClassVar[Collection[str] | None] = None
+    """Names of the direct children whose work this operator does itself; None means all.
+
+    The others stay modules, are called through their `forward` and may be claimed by other rules:
+    the operator keeps them as its own children, the same objects under the same names, which
+    `plan` checks.
+    """
+
+    @classmethod
+    def from_module(cls, module: nn.Module, site: Site, *args: Any, **kwargs: Any) -> Self:
+        """Build the operator for `module`, with every tensor on the meta device.
+
+        Called under `torch.device("meta")`. Subclasses name their kwargs one by one: a rule's
+        `kwargs` are checked against this signature. `module` is read, never changed.
+
+        Raises ValueError with the reason where the operator cannot take this module's place.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not define from_module")
+
+    def footprint(self) -> Footprint:
+        """Say what the operator needs."""
+        raise NotImplementedError(f"{type(self).__name__} does not define footprint")
+
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name the checkpoint's tensors that `load_weights` reads, canonically, with shapes."""
+        raise NotImplementedError(f"{type(self).__name__} does not define weight_shapes")
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Read `weight_shapes` into the operator's own layout; called once, off the main thread."""
+        raise NotImplementedError(f"{type(self).__name__} does not define load_weights")
+
+    def experts_per_token(self) -> int | None:
+        """Routed experts that a token gets behind this operator; None where it changes nothing.
+
+        The loader measures the number in a probe and refuses a model in which it is not live.
+        """
+        return None
+
+
+class PackedOperator(Operator):
+    """An operator with weights packed in buffers: refuses, in a sentence, what they cannot do.
+
+    `load_weights` packs a checkpoint's tensors into memory of its own and ends in `use_packed`.
+    """
+
+    site: Site
+
+    def packed_layout(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name the buffers that hold the packed weights, with shapes and dtypes."""
+        raise NotImplementedError(f"{type(self).__name__} does not define packed_layout")
+
+    def packed_format(self) -> str:
+        """Say what the bytes of the buffers mean: another text means other bytes."""
+        raise NotImplementedError(f"{type(self).__name__} does not define packed_format")
+
+    def use_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Compute with these tensors, one for each name of `packed_layout`, from now on.
+
+        They are read in place and never written: their memory may be a mapped file.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define use_packed")
+
+    def register_packed(self) -> None:
+        """Register the buffers of `packed_layout`, on the meta device; for `__init__`."""
+        for name, (shape, dtype) in self.packed_layout().items():
+            meta = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_buffer(name, meta, persistent=False)
+
+    def empty_packed(self) -> dict[str, torch.Tensor]:
+        """Return memory for the packed weights, uninitialised; for `load_weights`."""
+        return {
+            name: torch.empty(shape, dtype=dtype)
+            for name, (shape, dtype) in self.packed_layout().items()
+        }
+
+    def packed_bytes(self) -> int:
+        """Return the bytes of all packed weights; for `footprint`."""
+        layout = self.packed_layout().values()
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout)
+
+    def check_no_gradient(self, *inputs: torch.Tensor) -> None:
+        """Raise RuntimeError where a gradient with respect to an input is asked for."""
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+            raise RuntimeError(
+                self._refusal("packed weights have no gradient; call it under torch.no_grad()")
+            )
+
+    def _refusal(self, reason: str) -> str:
+        return f"{type(self).__name__} at {self.site.name}: {reason}"
+
+    def check_conversion(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Raise RuntimeError where `fn`, of `.to` and its like, would change dtype or device."""
+        probe = fn(torch.empty(0, dtype=self.site.dtype, device=self.site.device))
+        if (probe.dtype, probe.device) != (self.site.dtype, self.site.device):
+            raise RuntimeError(
+                self._refusal(
+                    f"packed weights cannot be moved to {probe.dtype} on {probe.device}; load the "
+                    "model with the dtype that you want, and place modules by rules"
+                )
+            )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self.check_conversion(fn)
+        return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if not any(buffer.is_meta for buffer in self.buffers()):
+            raise RuntimeError(
+                self._refusal("packed weights cannot be saved; keep the checkpoint and the rules")
+            )
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            self._refusal("packed weights can be neither pickled nor copied; load the model again")
+        )

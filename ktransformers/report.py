@@ -1,0 +1,114 @@
+"""What was replaced, what it holds, and what was measured: the report of a loaded model."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktransformers import _native
+from ktransformers.inject import Plan, format_replacements
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `optimize_and_load` did; `str()` prints it."""
+
+    replacements: tuple[str, ...]  # a line per rule and kind, folded over equal layers
+    bytes_by_device: dict[str, int]  # parameters and buffers, shared ones counted once
+    experts_per_token: float | None  # measured in a probe over all MoE layers; None without any
+    isa: str  # the CPU kernels that dispatch chose
+    cache: str | None = None  # what came from a packed cache, or why nothing did
+
+    def __str__(self) -> str:
+        devices = ", ".join(f"{d}: {n / 2**20:,.1f} MiB" for d, n in self.bytes_by_device.items())
+        lines = [*self.replacements, f"memory of weights: {devices}", f"CPU kernels: {self.isa}"]
+        if self.cache is not None:
+            lines.insert(-1, f"packed cache: {self.cache}")
+        if self.experts_per_token is not None:
+            lines.append(f"experts per token, measured: {self.experts_per_token:.2f}")
+        return "\n".join(lines)
+
+
+class ExpertCounter:
+    """Counts the routed experts that tokens were really given, over layers."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[str, float] = {}  # name of the experts module -> mean per token
+        self._used: dict[str, int] = defaultdict(int)
+        self._tokens: dict[str, int] = defaultdict(int)
+
+    def record(self, name: str, num_experts: int, top_k_index: torch.Tensor) -> None:
+        """Count one call: slots whose index is `num_experts` were skipped."""
+        self._used[name] += int((top_k_index != num_experts).sum())
+        self._tokens[name] += top_k_index.shape[0]
+        if self._tokens[name]:
+            self.by_layer[name] = self._used[name] / self._tokens[name]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over tokens and MoE layers; None where no experts module ran."""
+        tokens = sum(self._tokens.values())
+        return sum(self._used.values()) / tokens if tokens else None
+
+
+@contextmanager
+def count_experts(model: nn.Module) -> Iterator[ExpertCounter]:
+    """Count, while the context lasts, the experts that each token gets in `model`'s forwards.
+
+    Looks at what arrives at the modules named `experts`, replaced or not, as transformers calls
+    them: `experts(hidden_states[T, D], top_k_index[T, K], top_k_weights[T, K])`.
+    """
+    counter = ExpertCounter()
+    handles = []
+    for name, module in model.named_modules():
+        takes = inspect.signature(module.forward).parameters
+        if name.rpartition(".")[2] == "experts" and "top_k_index" in takes:
+            handles.append(_watch(name, module, counter))
+    try:
+        yield counter
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(name: str, module: nn.Module, counter: ExpertCounter) -> Any:
+    num_experts = int(module.num_experts)  # type: ignore[arg-type]  # an int on every experts class
+
+    def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+        counter.record(name, num_experts, index)
+
+    return module.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+
+def bytes_by_device(model: nn.Module) -> dict[str, int]:
+    """Add up parameters and buffers per device; tensors that share memory count once."""
+    totals: dict[str, int] = defaultdict(int)
+    storages = {
+        (str(tensor.device), tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
+        for tensor in chain(model.parameters(), model.buffers())
+    }
+    for (device, _), nbytes in storages.items():
+        totals[device] += nbytes
+    return dict(totals)
+
+
+def build_report(
+    model: nn.Module, plan: Plan, experts_per_token: float | None, cache: str | None = None
+) -> Report:
+    """Describe a loaded model."""
+    return Report(
+        replacements=tuple(format_replacements(plan)),
+        bytes_by_device=bytes_by_device(model),
+        experts_per_token=experts_per_token,
+        isa=_native.isa(),
+        cache=cache,
+    )
