@@ -1,0 +1,63 @@
+"""What operators that compute on the CPU are asked: weight format, threads, and where they stand.
+
+Each function raises ValueError with the reason, for `from_module` to pass on.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+
+from ktransformers import _native
+from ktransformers.base import Site
+
+MAX_THREADS = 1024  # of the native pool
+GROUP_SIZES = (32, 64, 128)
+
+
+def thread_count(threads: object) -> int:
+    """Return how many threads to compute with; `auto` means every physical core it may run on."""
+    if threads == "auto":
+        return _cores(
+            frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        )
+    if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"threads {threads!r} is not 'auto' or a number from 1 to {MAX_THREADS}")
+    return threads
+
+
+@lru_cache(maxsize=1)
+def _cores(affinity: frozenset[int] | None) -> int:
+    # Asked once per operator, and it reads some files per processor; only another mask, which is
+    # the argument for, changes the answer.
+    del affinity
+    return _native.default_threads()
+
+
+def check_site(site: Site) -> None:
+    """Refuse another device than the CPU, and activations that kernels do not take."""
+    if site.device.type != "cpu":
+        raise ValueError(f"computes on the CPU, but stands on {site.device}")
+    if site.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"takes bfloat16 or float32 activations, not {site.dtype}")
+
+
+def scale_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a native format's scales."""
+    return torch.bfloat16 if name.startswith("int4") else torch.float32
+
+
+def weight_format(weight: str, group_size: int | None) -> str:
+    """Return the native name of a format."""
+    if weight not in ("int8", "int4", "bf16"):
+        raise ValueError(f"weight {weight!r} is not supported (expected int8, int4, bf16)")
+    if weight != "int4":
+        if group_size is not None:
+            raise ValueError(f"group_size {group_size!r} is for weight int4, not {weight}")
+        return weight
+    size = 128 if group_size is None else group_size
+    if type(size) is not int or size not in GROUP_SIZES:
+        raise ValueError(f"group_size {size!r} is not supported (expected 32, 64, 128)")
+    return f"int4-{size}"

@@ -1,0 +1,222 @@
+"""Routed experts on the CPU, with int8 (w8a8), int4 (w4a8) or bf16 weights.
+
+Takes the place of `mlp.experts`, the module in which transformers 5 keeps the fused weights of
+all routed experts of a layer. For a token x with experts e and weights w:
+
+    y = sum over e of w_e * down_e @ (silu(gate_e @ x) * (up_e @ x))
+
+Weights are quantised once, while they load: int8 symmetrically per output channel, int4 in groups
+along the inputs whose scale is searched for the least squared error. Activations are quantised to
+int8 dynamically, per token, before gate/up and again before down; beside bf16 weights they are
+rounded to bf16. The arithmetic, which with integer weights is the same to the bit on every ISA, is
+defined in `csrc/`.
+
+Shape suffixes: T tokens, D hidden_size, E experts, K top_k, F moe_intermediate_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.integrations.moe import _default_apply_gate
+from typing_extensions import Self
+
+from ktransformers import _native
+from ktransformers.base import Checkpoint, Footprint, PackedOperator, Site
+from ktransformers.checkpoint import read_checked
+from ktransformers.cpu_options import check_site, scale_dtype, thread_count, weight_format
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class CpuExperts(PackedOperator):
+    """Compute a layer's routed experts on the CPU from packed weights.
+
+    Buffers hold the packed weights (uint8 bytes in a layout of `csrc/`, scales in fp32, or bf16 for
+    int4); the native handle reads them in place.
+    """
+
+    gate_up_packed: torch.Tensor
+    gate_up_scale: torch.Tensor
+    down_packed: torch.Tensor
+    down_scale: torch.Tensor
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        width: int,
+        weight_format: str,
+        threads: int,
+    ):
+        super().__init__()
+        self.site = site
+        self.weight_format = weight_format
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.moe_intermediate_size = width
+        self.threads = threads
+        self._layer: _native.Experts | None = None
+        self.register_packed()
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        site: Site,
+        *,
+        weight: Literal["int8", "int4", "bf16"] = "int8",
+        group_size: Literal[32, 64, 128] | None = None,
+        threads: int | Literal["auto"] = "auto",
+    ) -> Self:
+        """Build the operator for a fused experts module.
+
+        Args:
+            weight: the format of the weights.
+            group_size: inputs that share a scale, for int4 alone; 128 where it is not given.
+            threads: how many to compute with; auto means every physical core that the process may
+                run on, within its CPU quota.
+
+        Raises ValueError where the module is no gated SiLU experts module on the CPU.
+        """
+        weights = dict(module.named_parameters(recurse=False))
+        if weights.keys() != {"gate_up_proj", "down_proj"}:
+            raise ValueError(
+                f"expected the parameters gate_up_proj and down_proj, found {sorted(weights)}"
+            )
+        E, two_F, D = weights["gate_up_proj"].shape
+        if weights["down_proj"].shape != (E, D, two_F // 2):
+            raise ValueError(
+                f"down_proj is {tuple(weights['down_proj'].shape)}, expected {(E, D, two_F // 2)}"
+            )
+        format_name = weight_format(weight, group_size)
+        count = thread_count(threads)
+        check_site(site)
+        activation = getattr(site.config, "hidden_act", None)
+        if activation != "silu":
+            raise ValueError(f"computes silu, but hidden_act is {activation!r}")
+        if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
+            raise ValueError(
+                f"computes silu(gate) * up, but {type(module).__name__} gates its own way"
+            )
+        return cls(
+            site,
+            num_experts=E,
+            hidden_size=D,
+            width=two_F // 2,
+            weight_format=format_name,
+            threads=count,
+        )
+
+    def packed_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name the packed integers and their scales."""
+        E, D, F = self.num_experts, self.hidden_size, self.moe_intermediate_size
+        name = self.weight_format
+        scale = scale_dtype(name)
+        return {
+            "gate_up_packed": ((E, 2 * _native.packed_bytes(F, D, name)), torch.uint8),
+            "gate_up_scale": ((E, 2, _native.scale_count(F, D, name)), scale),
+            "down_packed": ((E, _native.packed_bytes(D, F, name)), torch.uint8),
+            "down_scale": ((E, _native.scale_count(D, F, name)), scale),
+        }
+
+    def packed_format(self) -> str:
+        """Say which of the formats of `csrc/` the bytes are in."""
+        return f"{self.weight_format}, gate before up"
+
+    def footprint(self) -> Footprint:
+        """Say what the layer needs; bytes read are those of the experts that one token takes."""
+        D, F = self.hidden_size, self.moe_intermediate_size
+        weight_bytes = self.packed_bytes()
+        active = min(self.site.config.num_experts_per_tok, self.num_experts)
+        return Footprint(
+            device=self.site.device,
+            weight_bytes=weight_bytes,
+            flops_per_token=active * 3 * 2 * D * F,
+            bytes_read_per_token=weight_bytes // self.num_experts * active,
+        )
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name three matrices per expert."""
+        D, F = self.hidden_size, self.moe_intermediate_size
+        return {
+            self._weight_name(expert, projection): (D, F) if projection == "down_proj" else (F, D)
+            for expert in range(self.num_experts)
+            for projection in PROJECTIONS
+        }
+
+    def _weight_name(self, expert: int, projection: str) -> str:
+        return f"{self.site.name}.{expert}.{projection}.weight"
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Read, quantise and pack one matrix at a time.
+
+        Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity.
+        """
+        D, F = self.hidden_size, self.moe_intermediate_size
+        tensors = self.empty_packed()
+        for expert in range(self.num_experts):
+            gate, up = tensors["gate_up_packed"][expert].chunk(2)
+            gate_scale, up_scale = tensors["gate_up_scale"][expert]
+            down, down_scale = tensors["down_packed"][expert], tensors["down_scale"][expert]
+            for shape, projection, packed, scale in (
+                ((F, D), "gate_proj", gate, gate_scale),
+                ((F, D), "up_proj", up, up_scale),
+                ((D, F), "down_proj", down, down_scale),
+            ):
+                name = self._weight_name(expert, projection)
+                weight = read_checked(checkpoint, name, shape)
+                try:
+                    _native.pack(weight, packed, scale, self.weight_format)
+                except ValueError as error:
+                    raise ValueError(f"{checkpoint.infos()[name].file}: {name}: {error}") from None
+        self.use_packed(tensors)
+
+    def use_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Adopt the packed weights. Raises ValueError where one has not the layout's shape."""
+        for name in self.packed_layout():
+            setattr(self, name, tensors[name])
+        self._layer = _native.Experts(
+            self.gate_up_packed,
+            self.gate_up_scale,
+            self.down_packed,
+            self.down_scale,
+            format=self.weight_format,
+            hidden_size=self.hidden_size,
+            moe_intermediate_size=self.moe_intermediate_size,
+            threads=self.threads,
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted sum of the chosen experts' outputs, [T, D], in the input's dtype.
+
+        Args:
+            hidden_states: [T, D], bf16 or fp32.
+            top_k_index: [T, K], integers; the number of experts means "skip this slot".
+            top_k_weights: [T, K], floating point.
+
+        Raises ValueError for wrong shapes, dtypes or indices, RuntimeError where weights are not
+        loaded or a gradient is asked for.
+        """
+        if self._layer is None:
+            raise RuntimeError(self._refusal("weights are not loaded"))
+        self.check_no_gradient(hidden_states, top_k_weights)
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        self._layer.forward(
+            hidden_states.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous(), out
+        )
+        return out
+
+    def extra_repr(self) -> str:
+        """Show sizes, format and threads where the module tree is printed."""
+        E, D, F = self.num_experts, self.hidden_size, self.moe_intermediate_size
+        shape = f"num_experts={E}, {D} -> {F} -> {D}"
+        return f"{shape}, weight={self.weight_format}, threads={self.threads}"
