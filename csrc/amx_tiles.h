@@ -38,16 +38,20 @@ struct alignas(64) tile_config {
 // GCC's tile intrinsics do not tell the compiler that they read memory: stores stay above this.
 void keep_stores() { __asm__ volatile("" ::: "memory"); }
 
-// For `rows` rows of activations, 1 to 32; where they are 16 or fewer, tiles 2, 3 and 5 are absent.
-void configure_tiles(int64_t rows) {
+// For `rows` rows of activations, 1 to 32, and 4 to 64 bytes of inputs at a time; where rows are 16
+// or fewer, tiles 2, 3 and 5 are absent.
+void configure_tiles(int64_t rows, int64_t input_bytes = 64) {
+  const uint8_t lines = static_cast<uint8_t>(input_bytes / 4);
   const uint8_t first = static_cast<uint8_t>(rows < amx_rows ? rows : amx_rows);
   const uint8_t second = static_cast<uint8_t>(rows - first);
-  const uint8_t sizes[8] = {first, first, second, second, first, second, 16, 16};
+  const uint8_t sizes[8] = {first, first, second, second, first, second, lines, lines};
   tile_config config;
   for (int tile = 0; tile < 8; ++tile) {
     config.rows[tile] = sizes[tile];
     config.row_bytes[tile] = sizes[tile] ? 64 : 0;
   }
+  config.row_bytes[4] = static_cast<uint16_t>(input_bytes);
+  if (second) config.row_bytes[5] = static_cast<uint16_t>(input_bytes);
   keep_stores();
   _tile_loadconfig(&config);
 }

@@ -26,7 +26,7 @@ constexpr const char* isa_names[isa_count] = {"portable",    "avx2",     "avx_vn
                                               "avx512_bf16", "amx_int8", "amx_bf16"};
 constexpr const char* operation_names[operation_count] = {
     "quantize_rows", "sum_groups", "int8_gemm",     "int4_gemm", "bf16_gemm", "silu_mul",
-    "weighted_add",  "round_rows", "int4_quantize", "int8_peak", "bf16_peak"};
+    "weighted_add",  "round_rows", "int4_quantize", "int8_peak", "int4_peak", "bf16_peak"};
 
 }  // namespace
 

@@ -25,9 +25,10 @@ enum class operation : uint8_t {
   round_rows,
   int4_quantize,
   int8_peak,
+  int4_peak,
   bf16_peak
 };
-constexpr int operation_count = 11;
+constexpr int operation_count = 12;
 
 // True where the processor has every instruction of the set and the operating system saves its
 // registers. Lives in a file of its own so that a test build can replace it.

@@ -22,7 +22,9 @@ kernel_table select_up_to(isa cap) {
 
 kernel_table select_kernels(isa cap) {
   kernel_table table = select_up_to(cap);
-  table.int8_gemm_few = select_up_to(cap < isa::amx_int8 ? cap : isa::avx512_bf16).int8_gemm;
+  const kernel_table untiled = select_up_to(cap < isa::amx_int8 ? cap : isa::avx512_bf16);
+  table.int8_gemm_few = untiled.int8_gemm;
+  table.int4_gemm_few = untiled.int4_gemm;
   return table;
 }
 

@@ -19,13 +19,15 @@ struct kernel_table {
   gemm_fn* int8_gemm;
   gemm_fn* int4_gemm;
   gemm_fn* bf16_gemm;
-  // The same bits as int8_gemm, and faster for a few rows: it has no tiles to fill.
+  // The same bits as the two without `few`, and faster for a few rows: they have no tiles to fill.
   gemm_fn* int8_gemm_few;
+  gemm_fn* int4_gemm_few;
   silu_mul_fn* silu_mul;
   weighted_add_fn* weighted_add;
   round_rows_fn* round_rows;
   int4_quantize_fn* int4_quantize;
   peak_fn* int8_peak;
+  peak_fn* int4_peak;
   peak_fn* bf16_peak;
 };
 

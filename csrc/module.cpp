@@ -230,8 +230,9 @@ double bench_read_bandwidth(nb::handle buffer, std::optional<int> threads, doubl
 std::pair<double, std::string> bench_peak(const std::string& name, std::optional<int> threads,
                                           double seconds, const optional_isa& wanted) {
   const kernel_table kernels = select_kernels(chosen_isa(wanted));
-  peak_fn* const kernel =
-      find_format(name).kind == weight_kind::bf16 ? kernels.bf16_peak : kernels.int8_peak;
+  peak_fn* kernel = kernels.int8_peak;
+  if (find_format(name).kind == weight_kind::int4) kernel = kernels.int4_peak;
+  if (find_format(name).kind == weight_kind::bf16) kernel = kernels.bf16_peak;
   const int count = checked_threads(threads);
   const released_gil release;
   return {peak_rate(kernel, count, seconds), kernel(0).instruction};

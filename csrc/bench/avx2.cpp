@@ -1,4 +1,4 @@
-// Peaks for AVX2: the dot products of int8_gemm/avx2.cpp and bf16_gemm/avx2.cpp on registers.
+// Peaks for AVX2: the dot products of the AVX2 kernels on registers.
 #include <immintrin.h>
 
 #include "../isa.h"
@@ -28,6 +28,26 @@ peak_result int8_peak_avx2(int64_t iterations) {
   constexpr int64_t operations_per_step = int64_t{chains} * 32 * 2;
   return {iterations * operations_per_step, static_cast<int32_t>(total[0]),
           "vpsignb + vpmaddubsw + vpmaddwd + vpaddd"};
+}
+
+peak_result int4_peak_avx2(int64_t iterations) {
+  record_run(operation::int4_peak, isa::avx2);
+  constexpr int chains = 8;
+  using sums16 = uint16_t __attribute__((vector_size(32)));  // see int4_gemm/avx2.cpp
+  sums16 sums[chains] = {};
+  __m256i a = _mm256_set1_epi8(3);
+  const __m256i w = _mm256_set1_epi8(5);
+  for (int64_t it = 0; it < iterations; ++it) {
+#pragma GCC unroll 8
+    for (int c = 0; c < chains; ++c) {
+      __asm__ volatile("" : "+x"(a));  // the product must not be hoisted out of the loop
+      sums[c] += reinterpret_cast<sums16>(_mm256_maddubs_epi16(w, a));
+    }
+  }
+  sums16 total = sums[0];
+  for (int c = 1; c < chains; ++c) total ^= sums[c];
+  constexpr int64_t operations_per_step = int64_t{chains} * 32 * 2;
+  return {iterations * operations_per_step, total[0], "vpmaddubsw + vpaddw"};
 }
 
 peak_result bf16_peak_avx2(int64_t iterations) {

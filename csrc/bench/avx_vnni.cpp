@@ -1,4 +1,4 @@
-// int8_peak for AVX-VNNI: the 256-bit vpdpbusd on registers.
+// int8_peak and int4_peak for AVX-VNNI: the 256-bit vpdpbusd on registers.
 #include <immintrin.h>
 
 #include "../isa.h"
@@ -26,6 +26,11 @@ peak_result int8_peak_avx_vnni(int64_t iterations) {
   for (int c = 1; c < chains; ++c) total ^= sums[c];
   constexpr int64_t operations_per_step = int64_t{chains} * 32 * 2;
   return {iterations * operations_per_step, total[0], "vpdpbusd ymm"};
+}
+
+peak_result int4_peak_avx_vnni(int64_t iterations) {
+  record_run(operation::int4_peak, isa::avx_vnni);
+  return int8_peak_avx_vnni(iterations);
 }
 
 }  // namespace kt

@@ -24,6 +24,11 @@ peak_result int8_peak_portable(int64_t iterations) {
   return {iterations * lanes * 2, guard, "C++ multiply and add"};
 }
 
+peak_result int4_peak_portable(int64_t iterations) {
+  record_run(operation::int4_peak, isa::portable);
+  return int8_peak_portable(iterations);
+}
+
 peak_result bf16_peak_portable(int64_t iterations) {
   record_run(operation::bf16_peak, isa::portable);
   constexpr int lanes = 16;

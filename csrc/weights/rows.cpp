@@ -91,7 +91,7 @@ void multiply(const kernel_table& kernels, weight_format format, int64_t k,
     case weight_kind::int8:
       return of.m < tiles_from_rows ? kernels.int8_gemm_few(args) : kernels.int8_gemm(args);
     case weight_kind::int4:
-      return kernels.int4_gemm(args);
+      return of.m < tiles_from_rows ? kernels.int4_gemm_few(args) : kernels.int4_gemm(args);
     case weight_kind::bf16:
       return kernels.bf16_gemm(args);
   }

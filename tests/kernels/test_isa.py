@@ -29,7 +29,8 @@ from packed_layer import forward, random_layer, random_request
 
 OPERATIONS = {
     *("quantize_rows", "sum_groups", "int8_gemm", "int4_gemm", "bf16_gemm", "silu_mul"),
-    *("weighted_add", "round_rows", "int4_quantize", "int8_peak", "bf16_peak"),
+    *("weighted_add", "round_rows", "int4_quantize"),
+    *("int8_peak", "int4_peak", "bf16_peak"),
 }
 ISAS = {"portable", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}
 
@@ -119,8 +120,8 @@ def test_argument_that_asks_for_what_is_not_there_is_an_error() -> None:
     ("format", "kernels"),
     [
         (weight, name)
-        for weight in ("int8", "bf16")
-        for name in variants(f"{weight}_peak")
+        for weight in ("int8", "int4-32", "bf16")
+        for name in variants(f"{weight.partition('-')[0]}_peak")
         if not name.startswith("amx") or "emulated" not in name  # two minutes, and no speed to tell
     ],
     indirect=["kernels"],
@@ -136,6 +137,8 @@ def test_benchmark_names_the_instruction(format: str, kernels: Variant) -> None:
         ("bf16", "avx512_bf16"): "vdpbf16ps zmm",
         ("int8", "amx_int8"): "tdpbssd",
         ("bf16", "amx_bf16"): "tdpbf16ps",
+        ("int4-32", "avx2"): "vpmaddubsw + vpaddw",
+        **{("int4-32", isa): "dp" for isa in ("avx_vnni", "avx512_vnni", "amx_int8")},
     }
     assert expected.get((format, kernels.isa), "C++ multiply") in instruction
 
