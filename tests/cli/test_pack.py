@@ -146,8 +146,8 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_whole_files(model: Path, tmp_path: 
     os.close(started)
     outcome = finished(process)
     assert (outcome.code, outcome.out) == (130, "")
-    assert re.fullmatch(
-        rf"interrupted\n{model}/packed: [01] of 2 operators are packed; the same command goes on "
+    assert re.fullmatch(  # 2 where the machine is so busy that the signal came last
+        rf"interrupted\n{model}/packed: [0-2] of 2 operators are packed; the same command goes on "
         r"with the rest\n",
         outcome.err,
     )

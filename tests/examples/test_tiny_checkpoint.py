@@ -39,7 +39,7 @@ def reduced(top_k: int) -> list[dict[str, Any]]:
     return [{"match": {"name": r"\.mlp\.gate$"}, "replace": replace}]
 
 
-def test_int8_experts_cost_less_than_a_percent_of_perplexity(
+def test_int8_costs_less_than_a_percent_of_perplexity(
     token_ids: torch.Tensor, plain_perplexity: float
 ) -> None:
     model = optimize_and_load(FOLDER, "tiny-cpu-int8", dtype=torch.float32)

@@ -891,20 +891,32 @@ def test_a_plan_that_fails_leaves_the_model_as_it_was(written: list[Any]) -> Non
     ids=["tiny", "v3", "v2"],
 )
 @pytest.mark.parametrize("weight", ["int8", "int4"])
-def test_shipped_file_replaces_all_experts_and_nothing_else(
+def test_shipped_file_leaves_no_projection_to_torch(
     model_name: str, config: Any, weight: str
 ) -> None:
     name = f"{model_name}-cpu-{weight}"
     model = meta_model(config)
     result = plan(model, load_rules(name, overrides=["threads=2"]), dtype=torch.bfloat16)
-    first, last = config.first_k_dense_replace, config.num_hidden_layers - 1
-    experts = type(model.model.layers[last].mlp.experts).__name__
-    (line,) = format_replacements(result)
-    size = {"int8": "", "int4": f"group_size={32 if model_name == 'tiny' else 128}, "}[weight]
-    assert line.startswith(
-        f"model.layers.{{{first}-{last}}}.mlp.experts: {experts} -> "
-        f"CpuExperts(weight={weight}, {size}threads=2)  [{name}.yaml:"
-    )
+    experts = [f"{at}.mlp.experts" for at in layers_with_experts(config)]
+    linears = [at for at, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert {item.name for item in result.replacements} == {*experts, *linears}
+    size = {} if weight == "int8" else {"group_size": 32 if model_name == "tiny" else 128}
+    chosen = {"weight": weight, **size, "threads": 2}
+    for item in result.replacements:
+        assert item.operator_class is not None
+        assert item.operator_class.__name__ == (
+            "CpuExperts" if item.name.endswith(".experts") else "CpuLinear"
+        )
+        assert item.kwargs == (
+            {"weight": "int8", "threads": 2} if item.name == "lm_head" else chosen
+        )
+
+
+def layers_with_experts(config: Any) -> list[str]:
+    return [
+        f"model.layers.{layer}"
+        for layer in range(config.first_k_dense_replace, config.num_hidden_layers)
+    ]
 
 
 def test_the_examples_of_the_guide_do_what_it_says(
@@ -947,4 +959,6 @@ def test_deepseek_v3_at_its_real_size_is_planned_in_3_s_and_1_gb() -> None:
     done = subprocess.run(
         [sys.executable, "-c", REAL_SIZE], capture_output=True, text=True, timeout=300, check=True
     )
-    assert done.stdout == "58 1 True True\n"
+    taken = 58 + 61 * 5 + 61 * 3 + 1  # routed experts; attention, gate, up and down; the head
+    kinds = 1 + 5 + 2 * 3 + 1  # dense layers and shared experts have names of their own
+    assert done.stdout == f"{taken} {kinds} True True\n"
