@@ -35,7 +35,7 @@ from ktransformers.inject import Plan, apply, format_replacements, plan
 from ktransformers.packed import AUTO, find_cache
 from ktransformers.report import build_report, count_experts
 from ktransformers.rules import load_rules
-from ktransformers.weights import LoadError, check_weights, load_weights
+from ktransformers.weights import LoadError, check_weights, load_weights, serve_ties
 
 __all__ = ["LoadError", "build_folder_on_meta", "build_on_meta", "optimize_and_load"]
 
@@ -83,6 +83,7 @@ def optimize_and_load(
     skeleton, find_weights = _open(model, checkpoint, dtype)
     planned = plan(skeleton, parsed, dtype=dtype)
     source, weights = find_weights()
+    source = serve_ties(source, skeleton, planned)
     reading = check_weights(skeleton, planned, source)
     packed, cache_line = find_cache(planned, source, weights, cache, cache_mode)
     apply(skeleton, planned)

@@ -30,7 +30,7 @@ from ktransformers.load import build_folder_on_meta
 from ktransformers.packed import DEFAULT_FOLDER, checkpoint_fingerprint, packed_operators
 from ktransformers.progress import byte_progress
 from ktransformers.rules import Rule, load_rules
-from ktransformers.weights import MAX_READERS, check_weights
+from ktransformers.weights import MAX_READERS, check_weights, serve_ties
 
 MEMORY_SHARE = 0.5  # of what is free, for operators that are being packed; the rest caches files
 
@@ -77,7 +77,7 @@ def _open(
     if not operators:
         raise ValueError("these rules pack nothing: no operator of theirs has packed weights")
     folder = resolve_model(os.fspath(model))
-    checkpoint = open_checkpoint(folder)
+    checkpoint = serve_ties(open_checkpoint(folder), skeleton, planned)
     check_weights(skeleton, planned, checkpoint)
     return folder, checkpoint, operators
 

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from ktransformers import _native
 from ktransformers.base import Checkpoint, Operator, TensorInfo
-from ktransformers.checkpoint import CountingCheckpoint, lazy_state_dict
+from ktransformers.checkpoint import CountingCheckpoint, TiedCheckpoint, lazy_state_dict
 from ktransformers.checkpoint.messages import joined, listed, missing_tensor
 from ktransformers.inject import Plan, Replacement
 from ktransformers.progress import byte_progress
@@ -47,6 +47,19 @@ class Reading:
 
     operators: tuple[Operator, ...]  # read their own
     rest: tuple[str, ...]  # for modules that no rule took
+
+
+def serve_ties(checkpoint: Checkpoint, model: PreTrainedModel, planned: Plan) -> Checkpoint:
+    """Let operators read what the checkpoint holds only under the name that it is tied to."""
+    ties = model.all_tied_weights_keys
+    return TiedCheckpoint(
+        checkpoint, {name: ties[name] for name in _read_by_operators(planned) & ties.keys()}
+    )
+
+
+def _read_by_operators(planned: Plan) -> set[str]:
+    operators = (item.operator for item in planned.replacements if item.operator is not None)
+    return {name for operator in operators for name in operator.weight_shapes()}
 
 
 def check_weights(model: PreTrainedModel, planned: Plan, checkpoint: Checkpoint) -> Reading:
@@ -179,7 +192,9 @@ def load_weights(
         _load_operators(reading.operators, checkpoint, advance)
     if reading.rest:
         _recompute_buffers(model)
-        model.tie_weights()
+        for name in _read_by_operators(planned):  # an operator's weights are its own
+            model.all_tied_weights_keys.pop(name, None)
+        model.tie_weights(recompute_mapping=False)
     on_meta = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if on_meta:
         raise LoadError(f"{listed(on_meta)}: got no weights")

@@ -19,10 +19,12 @@ from ktransformers.checkpoint.lazy import LazyTensor, lazy_state_dict
 from ktransformers.checkpoint.messages import nearest_names
 from ktransformers.checkpoint.module import ModuleSource
 from ktransformers.checkpoint.safetensors_files import SafetensorsSource, fp8_block, locate
+from ktransformers.checkpoint.tied import TiedCheckpoint
 
 __all__ = [
     "CountingCheckpoint",
     "LazyTensor",
+    "TiedCheckpoint",
     "check_finite",
     "lazy_state_dict",
     "nearest_names",

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ktransformers import optimize_and_load
 from ktransformers.load import LoadError, build_on_meta
+from ktransformers.packing import pack
 from ktransformers.rules import RuleError
 from tiny_models import random_model, v2_config, v3_config
 
@@ -23,6 +24,12 @@ EXPERTS: list[dict[str, Any]] = [
     {
         "match": {"name": r"\.mlp\.experts$"},
         "replace": {"class": "ktransformers.operators.experts.CpuExperts"},
+    }
+]
+HEAD: list[dict[str, Any]] = [
+    {
+        "match": {"name": "^lm_head$"},
+        "replace": {"class": "ktransformers.operators.linear.CpuLinear"},
     }
 ]
 NOTHING: list[dict[str, Any]] = [{"match": {"name": "^lm_head$"}, "replace": {"class": "default"}}]
@@ -112,6 +119,21 @@ def test_tied_embeddings_are_one_tensor(save: Callable[..., Path]) -> None:
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     model = optimize_and_load(folder, EXPERTS)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_operator_reads_a_tied_head_under_the_name_of_the_embeddings(
+    save: Callable[..., Path],
+) -> None:
+    original = random_model(v3_config(tie_word_embeddings=True))
+    folder = save(original)
+    model = optimize_and_load(folder, HEAD)
+    want, got = logits(original), logits(model)
+    assert float((got - want).norm() / want.norm()) < 0.02  # of int8
+    assert dict(model.lm_head.named_parameters()) == {}
+    pack(folder, HEAD)
+    cached = optimize_and_load(folder, HEAD)
+    assert cached.ktransformers_report.cache is not None
+    assert torch.equal(logits(cached), got)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
