@@ -3,8 +3,10 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <utility>
@@ -14,7 +16,9 @@
 #include "experts/experts.h"
 #include "kernels.h"
 #include "linear/linear.h"
+#include "module_numa.h"
 #include "released_gil.h"
+#include "scratch.h"
 #include "tensor_view.h"
 
 namespace nb = nanobind;
@@ -23,22 +27,91 @@ using namespace nb::literals;
 namespace kt {
 namespace {
 
-packed_matrix matrix(const tensor_view& packed, const tensor_view& scale) {
-  return {static_cast<const char*>(packed.data), static_cast<const char*>(scale.data)};
+constexpr int64_t max_chunk = int64_t{1} << 20;  // whose rows are counted in 32 bits
+
+// A packed tensor as it is given: one, or a list of one for each part of the weight.
+std::vector<nb::object> in_parts(const nb::object& given) {
+  if (!nb::isinstance<nb::list>(given) && !nb::isinstance<nb::tuple>(given)) return {given};
+  std::vector<nb::object> parts;
+  for (nb::handle part : given) parts.push_back(nb::borrow(part));
+  return parts;
+}
+
+std::vector<nb::object> joined(std::initializer_list<std::vector<nb::object>> arguments) {
+  std::vector<nb::object> all;
+  for (const auto& parts : arguments) all.insert(all.end(), parts.begin(), parts.end());
+  return all;
+}
+
+// Where the parts of a layer's weights lie; no nodes: in one part, anywhere.
+struct placing {
+  numa_mode mode;
+  std::vector<int> nodes;
+
+  placing(const std::string& mode_name, std::vector<int> on)
+      : mode(find_numa_mode(mode_name)), nodes(std::move(on)) {
+    if (!nodes.empty()) check_nodes(nodes);
+    if (static_cast<int>(nodes.size()) > max_task_groups) {
+      value_error("nodes: " + std::to_string(nodes.size()) + ", expected at most " +
+                  std::to_string(max_task_groups));
+    }
+  }
+
+  std::vector<numa_part> plan(int64_t n) const {
+    return plan_numa(mode, nodes.empty() ? std::vector{0} : nodes, {1, padded_n(n), 1});
+  }
+};
+
+// Views a weight of matrices with n outputs. view_packed(tensor, name, outputs) and view_scale do
+// so with the tensors of a part that has some of the outputs.
+template <typename packed_view, typename scale_view>
+placed_weight view_weight(const placing& where, int64_t n, const std::vector<nb::object>& packed,
+                          const char* packed_name, const packed_view& view_packed,
+                          const std::vector<nb::object>& scale, const char* scale_name,
+                          const scale_view& view_scale) {
+  const std::vector<numa_part> plan = where.plan(n);
+  const auto check_count = [&](const std::vector<nb::object>& parts, const char* name) {
+    if (parts.size() == plan.size()) return;
+    value_error(std::string(name) + ": in " + std::to_string(parts.size()) + " parts, expected " +
+                std::to_string(plan.size()));
+  };
+  check_count(packed, packed_name);
+  check_count(scale, scale_name);
+  placed_weight weight{{}, where.mode == numa_mode::replicate};
+  for (size_t i = 0; i < plan.size(); ++i) {
+    const std::string suffix = plan.size() > 1 ? "[" + std::to_string(i) + "]" : "";
+    const tensor_view p = view_packed(packed[i], packed_name + suffix, plan[i].outputs);
+    const tensor_view s = view_scale(scale[i], scale_name + suffix, plan[i].outputs);
+    weight.parts.push_back({plan[i].nodes.front(),
+                            plan[i].first_output,
+                            plan[i].outputs,
+                            {data<const char>(p), data<const char>(s)}});
+  }
+  return weight;
+}
+
+int64_t checked_chunk(std::optional<int64_t> chunk_tokens) {
+  if (!chunk_tokens) return default_chunk_tokens;
+  check_size("chunk_tokens", *chunk_tokens, max_chunk);
+  return *chunk_tokens;
 }
 
 // What every layer has: tensors that it keeps alive, and how it computes.
 class packed_layer {
  public:
   packed_layer(std::vector<nb::object> tensors, weight_format format, std::optional<int> threads,
-               const optional_isa& wanted)
-      : tensors_(std::move(tensors)), format_(format), threads_(checked_threads(threads)) {
+               std::optional<int64_t> chunk_tokens, const optional_isa& wanted)
+      : tensors_(std::move(tensors)),
+        format_(format),
+        threads_(checked_threads(threads)),
+        chunk_tokens_(checked_chunk(chunk_tokens)) {
     const kt::isa cap = chosen_isa(wanted);
     isa_ = selected_isa(product_of(format), cap);
     kernels_ = select_kernels(cap);
   }
 
   int threads() const { return threads_; }
+  int64_t chunk_tokens() const { return chunk_tokens_; }
   std::string format() const { return format_name(format_); }
   std::string isa() const { return isa_name(isa_); }
 
@@ -72,33 +145,54 @@ class packed_layer {
   std::vector<nb::object> tensors_;
   weight_format format_;
   int threads_;
+  int64_t chunk_tokens_;
   kt::isa isa_;
   kernel_table kernels_;
 };
 
 class experts : public packed_layer {
  public:
-  experts(nb::object gate_up, nb::object gate_up_scale, nb::object down, nb::object down_scale,
-          const std::string& format_name, int64_t hidden_size, int64_t moe_intermediate_size,
-          std::optional<int> threads, const optional_isa& wanted)
-      : packed_layer({gate_up, gate_up_scale, down, down_scale}, find_format(format_name), threads,
-                     wanted) {
+  experts(const nb::object& gate_up, const nb::object& gate_up_scale, const nb::object& down,
+          const nb::object& down_scale, const std::string& format_name, int64_t hidden_size,
+          int64_t moe_intermediate_size, std::optional<int> threads,
+          std::optional<int64_t> chunk_tokens, const std::string& numa,
+          const std::vector<int>& nodes, const optional_isa& wanted)
+      : packed_layer(joined({in_parts(gate_up), in_parts(gate_up_scale), in_parts(down),
+                             in_parts(down_scale)}),
+                     find_format(format_name), threads, chunk_tokens, wanted) {
     const weight_format format = find_format(format_name);
     check_size("hidden_size", hidden_size, gemm_max_k);
     check_size("moe_intermediate_size", moe_intermediate_size, gemm_max_k);
     const int64_t d = hidden_size, f = moe_intermediate_size;
-    const tensor_view g = view_tensor(gate_up, "gate_up_packed", {element::uint8},
-                                      {any_size, 2 * packed_bytes(format, f, d)});
-    const int64_t count = g.shape[0];
-    check_size("num_experts", count, int64_t{1} << 20);
+    const placing where(numa, nodes);
     const element type = scale_element(format);
-    const tensor_view gs =
-        view_tensor(gate_up_scale, "gate_up_scale", {type}, {count, 2, scale_count(format, f, d)});
-    const tensor_view dp =
-        view_tensor(down, "down_packed", {element::uint8}, {count, packed_bytes(format, d, f)});
-    const tensor_view ds =
-        view_tensor(down_scale, "down_scale", {type}, {count, scale_count(format, d, f)});
-    weights_ = {format, count, d, f, matrix(g, gs), matrix(dp, ds)};
+    int64_t count = any_size;  // of experts: the first tensor says
+    placed_weight gates_and_ups = view_weight(
+        where, f, in_parts(gate_up), "gate_up_packed",
+        [&](nb::handle tensor, const std::string& name, int64_t outputs) {
+          const tensor_view view = view_tensor(tensor, name.c_str(), {element::uint8},
+                                               {count, 2 * packed_bytes(format, outputs, d)});
+          count = view.shape[0];
+          check_size("num_experts", count, int64_t{1} << 20);
+          return view;
+        },
+        in_parts(gate_up_scale), "gate_up_scale",
+        [&](nb::handle tensor, const std::string& name, int64_t outputs) {
+          return view_tensor(tensor, name.c_str(), {type},
+                             {count, 2, scale_count(format, outputs, d)});
+        });
+    placed_weight downs = view_weight(
+        where, d, in_parts(down), "down_packed",
+        [&](nb::handle tensor, const std::string& name, int64_t outputs) {
+          return view_tensor(tensor, name.c_str(), {element::uint8},
+                             {count, packed_bytes(format, outputs, f)});
+        },
+        in_parts(down_scale), "down_scale",
+        [&](nb::handle tensor, const std::string& name, int64_t outputs) {
+          return view_tensor(tensor, name.c_str(), {type},
+                             {count, scale_count(format, outputs, f)});
+        });
+    weights_ = {format, count, d, f, std::move(gates_and_ups), std::move(downs)};
   }
 
   void forward(nb::handle hidden_states, nb::handle top_k_index, nb::handle top_k_weights,
@@ -128,7 +222,7 @@ class experts : public packed_layer {
                   std::to_string(weights_.num_experts - 1) + ", or " +
                   std::to_string(weights_.num_experts) + " to skip the slot");
     }
-    in_chunks(tokens, max_chunk_tokens(top_k), [&](int64_t begin, int64_t count) {
+    in_chunks(tokens, max_chunk_tokens(top_k, chunk_tokens()), [&](int64_t begin, int64_t count) {
       experts_forward(kernels(), weights_, input, begin, count, threads());
     });
   }
@@ -143,17 +237,28 @@ class experts : public packed_layer {
 
 class linear : public packed_layer {
  public:
-  linear(nb::object packed, nb::object scale, const std::string& format_name, int64_t in_features,
-         int64_t out_features, std::optional<int> threads, const optional_isa& wanted)
-      : packed_layer({packed, scale}, find_format(format_name), threads, wanted) {
+  linear(const nb::object& packed, const nb::object& scale, const std::string& format_name,
+         int64_t in_features, int64_t out_features, std::optional<int> threads,
+         std::optional<int64_t> chunk_tokens, const std::string& numa,
+         const std::vector<int>& nodes, const optional_isa& wanted)
+      : packed_layer(joined({in_parts(packed), in_parts(scale)}), find_format(format_name), threads,
+                     chunk_tokens, wanted) {
     const weight_format format = find_format(format_name);
     check_size("in_features", in_features, gemm_max_k);
     check_size("out_features", out_features, int64_t{1} << 30);
-    const tensor_view p = view_tensor(packed, "packed", {element::uint8},
-                                      {packed_bytes(format, out_features, in_features)});
-    const tensor_view s = view_tensor(scale, "scale", {scale_element(format)},
-                                      {scale_count(format, out_features, in_features)});
-    weights_ = {format, in_features, out_features, matrix(p, s)};
+    const int64_t k = in_features;
+    placed_weight matrix = view_weight(
+        placing(numa, nodes), out_features, in_parts(packed), "packed",
+        [&](nb::handle tensor, const std::string& name, int64_t outputs) {
+          return view_tensor(tensor, name.c_str(), {element::uint8},
+                             {packed_bytes(format, outputs, k)});
+        },
+        in_parts(scale), "scale",
+        [&](nb::handle tensor, const std::string& name, int64_t outputs) {
+          return view_tensor(tensor, name.c_str(), {scale_element(format)},
+                             {scale_count(format, outputs, k)});
+        });
+    weights_ = {format, k, out_features, std::move(matrix)};
   }
 
   void forward(nb::handle x, nb::handle out) const {
@@ -162,7 +267,7 @@ class linear : public packed_layer {
     const int64_t rows = xv.shape[0];
     const tensor_view y = view_tensor(out, "out", {xv.type}, {rows, weights_.out_features});
     const linear_input input{xv.data, y.data, as_float_type(xv.type)};
-    in_chunks(rows, max_linear_rows, [&](int64_t begin, int64_t count) {
+    in_chunks(rows, chunk_tokens(), [&](int64_t begin, int64_t count) {
       linear_forward(kernels(), weights_, input, begin, count, threads());
     });
   }
@@ -197,12 +302,16 @@ PyType_Slot layer_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse_l
 }  // namespace
 
 void bind_layers(nb::module_& m) {
+  m.def("scratch_bytes", &scratch_bytes);
   nb::class_<experts>(m, "Experts", nb::type_slots(layer_slots<experts>))
-      .def(nb::init<nb::object, nb::object, nb::object, nb::object, const std::string&, int64_t,
-                    int64_t, std::optional<int>, const optional_isa&>(),
-           "gate_up_packed"_a, "gate_up_scale"_a, "down_packed"_a, "down_scale"_a, nb::kw_only(),
-           "format"_a, "hidden_size"_a, "moe_intermediate_size"_a, "threads"_a = nb::none(),
-           "isa"_a = nb::none())
+      .def(
+          nb::init<const nb::object&, const nb::object&, const nb::object&, const nb::object&,
+                   const std::string&, int64_t, int64_t, std::optional<int>, std::optional<int64_t>,
+                   const std::string&, const std::vector<int>&, const optional_isa&>(),
+          "gate_up_packed"_a, "gate_up_scale"_a, "down_packed"_a, "down_scale"_a, nb::kw_only(),
+          "format"_a, "hidden_size"_a, "moe_intermediate_size"_a, "threads"_a = nb::none(),
+          "chunk_tokens"_a = nb::none(), "numa"_a = "interleave", "nodes"_a = std::vector<int>{},
+          "isa"_a = nb::none())
       .def("forward", &experts::forward, "hidden_states"_a, "top_k_index"_a, "top_k_weights"_a,
            "out"_a)
       .def_prop_ro("num_experts", &experts::num_experts)
@@ -210,17 +319,21 @@ void bind_layers(nb::module_& m) {
       .def_prop_ro("moe_intermediate_size", &experts::moe_intermediate_size)
       .def_prop_ro("format", &experts::format)
       .def_prop_ro("threads", &experts::threads)
+      .def_prop_ro("chunk_tokens", &experts::chunk_tokens)
       .def_prop_ro("isa", &experts::isa);
   nb::class_<linear>(m, "Linear", nb::type_slots(layer_slots<linear>))
-      .def(nb::init<nb::object, nb::object, const std::string&, int64_t, int64_t,
-                    std::optional<int>, const optional_isa&>(),
+      .def(nb::init<const nb::object&, const nb::object&, const std::string&, int64_t, int64_t,
+                    std::optional<int>, std::optional<int64_t>, const std::string&,
+                    const std::vector<int>&, const optional_isa&>(),
            "packed"_a, "scale"_a, nb::kw_only(), "format"_a, "in_features"_a, "out_features"_a,
-           "threads"_a = nb::none(), "isa"_a = nb::none())
+           "threads"_a = nb::none(), "chunk_tokens"_a = nb::none(), "numa"_a = "interleave",
+           "nodes"_a = std::vector<int>{}, "isa"_a = nb::none())
       .def("forward", &linear::forward, "x"_a, "out"_a)
       .def_prop_ro("in_features", &linear::in_features)
       .def_prop_ro("out_features", &linear::out_features)
       .def_prop_ro("format", &linear::format)
       .def_prop_ro("threads", &linear::threads)
+      .def_prop_ro("chunk_tokens", &linear::chunk_tokens)
       .def_prop_ro("isa", &linear::isa);
 }
 

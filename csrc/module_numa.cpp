@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "binding.h"
 #include "numa_memory.h"
 #include "thread_pool.h"
 #include "topology.h"
@@ -30,19 +31,32 @@ namespace {
 
 constexpr const char* mode_names[] = {"interleave", "shard", "replicate"};
 
-[[noreturn]] void value_error(const std::string& message) {
-  throw nb::value_error(message.c_str());
-}
+}  // namespace
 
-numa_mode find_mode(const std::string& wanted) {
+numa_mode find_numa_mode(const std::string& wanted) {
   for (numa_mode mode : {numa_mode::interleave, numa_mode::shard, numa_mode::replicate}) {
     if (wanted == mode_names[static_cast<int>(mode)]) return mode;
   }
   value_error("numa='" + wanted + "': expected interleave, shard or replicate");
 }
 
+void check_nodes(const std::vector<int>& nodes) {
+  if (nodes.empty()) value_error("nodes: expected at least one");
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (nodes[i] < 0 || nodes[i] >= max_numa_nodes) {
+      value_error("nodes[" + std::to_string(i) + "] is " + std::to_string(nodes[i]) +
+                  ", expected 0 to " + std::to_string(max_numa_nodes - 1));
+    }
+    if (std::count(nodes.begin(), nodes.end(), nodes[i]) > 1) {
+      value_error("nodes: " + std::to_string(nodes[i]) + " is there twice");
+    }
+  }
+}
+
+namespace {
+
 std::string chosen_mode(const std::optional<std::string>& wanted) {
-  if (wanted) return mode_names[static_cast<int>(find_mode(*wanted))];
+  if (wanted) return mode_names[static_cast<int>(find_numa_mode(*wanted))];
   const char* variable = std::getenv("USE_NUMA");
   const std::string value = variable ? variable : "";
   if (value == "1") return "replicate";
@@ -70,23 +84,10 @@ std::vector<core_tuple> places_of(const topology& machine, int threads, int call
   return places;
 }
 
-void check_nodes(const std::vector<int>& nodes) {
-  if (nodes.empty()) value_error("nodes: expected at least one");
-  for (size_t i = 0; i < nodes.size(); ++i) {
-    if (nodes[i] < 0 || nodes[i] >= max_numa_nodes) {
-      value_error("nodes[" + std::to_string(i) + "] is " + std::to_string(nodes[i]) +
-                  ", expected 0 to " + std::to_string(max_numa_nodes - 1));
-    }
-    if (std::count(nodes.begin(), nodes.end(), nodes[i]) > 1) {
-      value_error("nodes: " + std::to_string(nodes[i]) + " is there twice");
-    }
-  }
-}
-
 std::vector<numa_part> bind_plan(const std::string& mode, int64_t matrices, int64_t outputs,
                                  int64_t output_bytes,
                                  const std::optional<std::vector<int>>& nodes) {
-  const numa_mode found = find_mode(mode);
+  const numa_mode found = find_numa_mode(mode);
   if (nodes) check_nodes(*nodes);
   if (outputs < 1 || outputs % numa_panel_outputs != 0) {
     value_error("outputs=" + std::to_string(outputs) + ": expected a positive multiple of " +
@@ -147,7 +148,7 @@ void bind_numa(nb::module_& m) {
       .def(
           "nodes",
           [](const topology& machine, const std::string& mode) {
-            return numa_nodes(machine, find_mode(mode));
+            return numa_nodes(machine, find_numa_mode(mode));
           },
           "mode"_a)
       .def("place_threads", &places_of, "threads"_a, "caller_cpu"_a = -1);

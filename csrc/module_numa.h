@@ -3,7 +3,16 @@
 
 #include <nanobind/nanobind.h>
 
+#include <string>
+#include <vector>
+
+#include "numa_memory.h"
+
 namespace kt {
+
+// Both raise ValueError.
+numa_mode find_numa_mode(const std::string& wanted);
+void check_nodes(const std::vector<int>& nodes);
 
 void bind_numa(nanobind::module_& m);
 

@@ -9,23 +9,41 @@ namespace {
 
 constexpr int slots = 64;  // more calls than this at a time allocate and free
 std::atomic<scratch*> idle[slots];
+std::atomic<int64_t> total_bytes{0};
+
+template <typename element>
+int64_t bytes_of(const std::vector<element>& values) {
+  return static_cast<int64_t>(values.capacity() * sizeof(element));
+}
+
+scratch* take() {
+  for (std::atomic<scratch*>& slot : idle) {
+    if (slot.load(std::memory_order_relaxed) == nullptr) continue;
+    scratch* const taken = slot.exchange(nullptr, std::memory_order_acquire);
+    if (taken) return taken;
+  }
+  return new scratch;
+}
 
 }  // namespace
 
-borrowed_scratch::borrowed_scratch() : scratch_(nullptr) {
-  for (std::atomic<scratch*>& slot : idle) {
-    if (slot.load(std::memory_order_relaxed) == nullptr) continue;
-    scratch_ = slot.exchange(nullptr, std::memory_order_acquire);
-    if (scratch_) return;
-  }
-  scratch_ = new scratch;
+int64_t scratch::bytes() const {
+  return bytes_of(routed.token) + bytes_of(routed.weight) + bytes_of(routed.blocks) +
+         bytes_of(routed.expert_begin) + x.bytes() + h.bytes() + h_prepared.bytes() +
+         slices_left.bytes() + tiles.bytes();
 }
 
+int64_t scratch_bytes() { return total_bytes.load(std::memory_order_relaxed); }
+
+borrowed_scratch::borrowed_scratch() : scratch_(take()), bytes_before_(scratch_->bytes()) {}
+
 borrowed_scratch::~borrowed_scratch() {
+  total_bytes.fetch_add(scratch_->bytes() - bytes_before_, std::memory_order_relaxed);
   for (std::atomic<scratch*>& slot : idle) {
     scratch* empty = nullptr;
     if (slot.compare_exchange_strong(empty, scratch_, std::memory_order_release)) return;
   }
+  total_bytes.fetch_sub(scratch_->bytes(), std::memory_order_relaxed);
   delete scratch_;
 }
 

@@ -24,6 +24,8 @@ class buffer {
     return data_.get();
   }
 
+  int64_t bytes() const { return capacity_ * static_cast<int64_t>(sizeof(element)); }
+
  private:
   std::unique_ptr<element[]> data_;
   int64_t capacity_ = 0;
@@ -39,6 +41,10 @@ struct row_scratch {
     return {values.reserve(rows * row_bytes(format, k)), scale.reserve(rows), row_sum.reserve(rows),
             group_sum.reserve(rows * row_groups(format, k))};
   }
+
+  int64_t bytes() const {
+    return values.bytes() + scale.bytes() + row_sum.bytes() + group_sum.bytes();
+  }
 };
 
 struct scratch {
@@ -48,7 +54,12 @@ struct scratch {
   row_scratch h_prepared;
   buffer<std::atomic<int64_t>> slices_left;
   buffer<float> tiles;
+
+  int64_t bytes() const;
 };
+
+// Bytes of all scratches, as of the calls that have returned.
+int64_t scratch_bytes();
 
 // One scratch for the duration of a call: as many exist as calls have run at the same time.
 class borrowed_scratch {
@@ -61,6 +72,7 @@ class borrowed_scratch {
 
  private:
   scratch* scratch_;
+  int64_t bytes_before_;
 };
 
 }  // namespace kt

@@ -99,8 +99,13 @@ bool hold(std::thread& thread, const std::vector<int>& cpus) {
 
 constexpr int no_node = -1;
 
-struct alignas(64) phase_state {
+struct alignas(64) claim_range {
   std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
+struct alignas(64) phase_state {
+  claim_range ranges[max_task_groups];  // one for each group; without groups the first is all
   alignas(64) std::atomic<int64_t> done{0};
   std::atomic<uint32_t> finished{0};
 };
@@ -118,7 +123,7 @@ class thread_pool {
     count_ = count;
     threads_ = threads;
     for (int p = 0; p < count; ++p) {
-      states_[p].next.store(0, std::memory_order_relaxed);
+      set_ranges(phases[p], &states_[p]);
       states_[p].done.store(0, std::memory_order_relaxed);
       states_[p].finished.store(phases[p].tasks == 0, std::memory_order_relaxed);
     }
@@ -136,8 +141,10 @@ class thread_pool {
 
   int workers() const { return workers_.load(std::memory_order_relaxed); }
 
-  // no_node where the worker is not held.
-  int node(int worker) const { return nodes_[worker].load(std::memory_order_relaxed); }
+  int node(int worker) const {
+    const int held = nodes_[worker].load(std::memory_order_relaxed);
+    return held == no_node ? here().node : held;
+  }
 
  private:
   static constexpr uint32_t gate_open = 1u << 31;  // the low bits count the workers inside
@@ -199,15 +206,41 @@ class thread_pool {
   void take_part(int worker) {
     for (int p = 0; p < count_; ++p) {
       if (p > 0) wait_while_equal(states_[p - 1].finished, 0);
-      const phase& current = phases_[p];
-      phase_state& state = states_[p];
-      int64_t task;
-      while ((task = state.next.fetch_add(1, std::memory_order_relaxed)) < current.tasks) {
-        current.run(current.context, task, worker);
-        if (state.done.fetch_add(1, std::memory_order_acq_rel) + 1 == current.tasks) {
-          state.finished.store(1, std::memory_order_release);
-          state.finished.notify_all();
-        }
+      const int ranges = range_count(phases_[p]), own = own_group(phases_[p], worker);
+      for (int i = 0; i < ranges; ++i) claim(phases_[p], &states_[p], (own + i) % ranges, worker);
+    }
+  }
+
+  static int range_count(const phase& of) { return std::max(of.group_count, 1); }
+
+  static void set_ranges(const phase& of, phase_state* state) {
+    int64_t begin = 0;
+    for (int i = 0; i < range_count(of); ++i) {
+      const int64_t end = of.group_count ? begin + of.groups[i].tasks : of.tasks;
+      state->ranges[i].next.store(begin, std::memory_order_relaxed);
+      state->ranges[i].end = end;
+      begin = end;
+    }
+  }
+
+  // Where no group is of the worker's node, workers spread over all of them.
+  int own_group(const phase& of, int worker) const {
+    if (of.group_count < 2) return 0;
+    const int mine = node(worker);
+    for (int i = 0; i < of.group_count; ++i) {
+      if (of.groups[i].node == mine) return i;
+    }
+    return worker % of.group_count;
+  }
+
+  static void claim(const phase& of, phase_state* state, int range, int worker) {
+    claim_range& tasks = state->ranges[range];
+    int64_t task;
+    while ((task = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.end) {
+      of.run(of.context, task, worker);
+      if (state->done.fetch_add(1, std::memory_order_acq_rel) + 1 == of.tasks) {
+        state->finished.store(1, std::memory_order_release);
+        state->finished.notify_all();
       }
     }
   }
@@ -264,8 +297,7 @@ int pool_threads() {
 int worker_node(int worker) {
   assert(worker >= 0 && worker < max_threads);
   const thread_pool* existing = the_pool.load(std::memory_order_acquire);
-  const int held = existing ? existing->node(worker) : no_node;
-  return held == no_node ? here().node : held;
+  return existing ? existing->node(worker) : here().node;
 }
 
 }  // namespace kt

@@ -5,6 +5,9 @@
 // woken up, because the others do its share. The calling thread takes part. Waiting threads spin
 // for a bounded time and then sleep, so that an idle pool uses no processor time.
 //
+// The tasks of a phase may come in groups that belong to NUMA nodes. A worker takes those of its
+// own node first, then helps the others: which worker runs a task is never promised.
+//
 // Jobs of several callers run one after another. Worker threads block every signal but those of
 // faults. After fork the child has a new pool, without threads until it is used.
 //
@@ -18,14 +21,25 @@
 
 namespace kt {
 
+constexpr int max_phases = 4;
+constexpr int max_task_groups = 64;  // per phase: more nodes than servers have
+
+// Consecutive tasks that the workers of a node take first.
+struct task_group {
+  int node;
+  int64_t tasks;
+};
+
 struct phase {
   int64_t tasks;
   // `worker` is in [0, threads) and no two tasks run with the same one at the same time.
   void (*run)(void* context, int64_t task, int worker);
   void* context;
+  // All of the tasks, in groups; none: they belong to no node.
+  const task_group* groups = nullptr;
+  int group_count = 0;
 };
 
-constexpr int max_phases = 4;
 constexpr int max_threads = 1024;
 
 // Runs the phases on up to `threads` threads. With threads == 1 the pool is not touched. Throws

@@ -61,6 +61,12 @@ def numa_plan(
     defaults to `topology().nodes(mode)`. Allocates nothing.
     """
 
+def scratch_bytes() -> int:
+    """Return the bytes of intermediates that layers keep, as of the calls that have returned.
+
+    There are as many scratches as calls have run at once; each grows to its largest call's need.
+    """
+
 def formats() -> list[str]:
     """Return the names of all weight formats."""
 
@@ -201,15 +207,18 @@ class Experts:
 
     def __init__(
         self,
-        gate_up_packed: Tensor,
-        gate_up_scale: Tensor,
-        down_packed: Tensor,
-        down_scale: Tensor,
+        gate_up_packed: Tensor | Sequence[Tensor],
+        gate_up_scale: Tensor | Sequence[Tensor],
+        down_packed: Tensor | Sequence[Tensor],
+        down_scale: Tensor | Sequence[Tensor],
         *,
         format: str,
         hidden_size: int,
         moe_intermediate_size: int,
         threads: int | None = None,
+        chunk_tokens: int | None = None,
+        numa: str = "interleave",
+        nodes: Sequence[int] = (),
         isa: str | None = None,
     ) -> None:
         """Check and adopt the tensors; D `hidden_size`, F `moe_intermediate_size`, E experts.
@@ -218,6 +227,13 @@ class Experts:
         `gate_up_scale` `[E, 2, scale_count(F, D, format)]`; `down_packed` uint8
         `[E, packed_bytes(D, F, format)]`; `down_scale` `[E, scale_count(D, F, format)]`. `threads`
         defaults to `default_threads()`.
+
+        In several parts, as `numa_plan(numa, nodes=nodes, ...)` cuts them, each is a sequence of
+        tensors, F or D of whose shape is a part's `outputs`. Workers take the tasks of their own
+        node's shard first, and read its replica.
+
+        At most `chunk_tokens` are computed at a time, by default 1,024; with K above 8 no more
+        than 8 * chunk_tokens / K. This bounds the scratch memory.
         """
 
     def forward(
@@ -241,6 +257,8 @@ class Experts:
     @property
     def threads(self) -> int: ...
     @property
+    def chunk_tokens(self) -> int: ...
+    @property
     def isa(self) -> str: ...
 
 class Linear:
@@ -251,16 +269,19 @@ class Linear:
 
     def __init__(
         self,
-        packed: Tensor,
-        scale: Tensor,
+        packed: Tensor | Sequence[Tensor],
+        scale: Tensor | Sequence[Tensor],
         *,
         format: str,
         in_features: int,
         out_features: int,
         threads: int | None = None,
+        chunk_tokens: int | None = None,
+        numa: str = "interleave",
+        nodes: Sequence[int] = (),
         isa: str | None = None,
     ) -> None:
-        """Check and adopt the tensors, as `pack` writes them."""
+        """Check and adopt the tensors, as `pack` writes them; else as `Experts` says."""
 
     def forward(self, x: Tensor, out: Tensor) -> None:
         """Project `x` `[T, in_features]` to `out` `[T, out_features]`, both bf16 or both fp32."""
@@ -273,5 +294,7 @@ class Linear:
     def format(self) -> str: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def chunk_tokens(self) -> int: ...
     @property
     def isa(self) -> str: ...

@@ -29,10 +29,9 @@ from transformers import (
 
 from ktransformers.base import Checkpoint, Operator, PackedOperator
 from ktransformers.checkpoint import open_checkpoint
-from ktransformers.checkpoint.packed import Mode
 from ktransformers.hub import resolve_model
 from ktransformers.inject import Plan, apply, format_replacements, plan
-from ktransformers.packed import AUTO, find_cache
+from ktransformers.packed import AUTO, CacheMode, find_cache
 from ktransformers.report import build_report, count_experts
 from ktransformers.rules import load_rules
 from ktransformers.weights import LoadError, check_weights, load_weights, serve_ties
@@ -56,7 +55,7 @@ def optimize_and_load(
     checkpoint: str | os.PathLike[str] | nn.Module | None = None,
     dtype: torch.dtype | None = None,
     cache: str | os.PathLike[str] | None = AUTO,
-    cache_mode: Mode = "map",
+    cache_mode: CacheMode = "auto",
 ) -> PreTrainedModel:
     """Swap modules of a model for the operators that rules name, and load its weights.
 
@@ -70,7 +69,9 @@ def optimize_and_load(
         cache: a folder that `ktransformers pack` wrote, from which packed weights come; "auto" is
             the folder `packed` beside the weights, if it is there; None packs them anew.
         cache_mode: "map" shares the cache's pages with all processes that map it, and reads them
-            when they are first needed; "copy" reads them at once into memory of this process.
+            when they are first needed; "copy" reads them at once into memory of this process, on
+            the NUMA nodes that each operator wants; "auto" copies what lies on several nodes in
+            parts, which no mapping can, and maps the rest.
 
     Returns the model in evaluation mode; `model.ktransformers_report` says what was done.
 

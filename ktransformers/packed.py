@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import get_args
-
-import torch
+from typing import Literal, get_args
 
 from ktransformers import _native
 from ktransformers.base import Checkpoint, PackedOperator
@@ -31,8 +30,10 @@ from ktransformers.checkpoint.packed import (
     open_tensors,
     pack_command,
     read_index,
+    read_into,
 )
 from ktransformers.inject import Plan
+from ktransformers.placement import PlacedOperator
 from ktransformers.progress import byte_progress
 from ktransformers.weights import MAX_READERS, LoadError, Reading
 
@@ -41,13 +42,15 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 DEFAULT_FOLDER = "packed"  # in the folder of the weights
 
+CacheMode = Literal["auto", "map", "copy"]
+
 
 @dataclass(frozen=True, slots=True)
 class UsedCache:
     """A cache that fits, checked, and the operators that it fills."""
 
     folder: Path
-    mode: Mode
+    modes: Mapping[str, Mode]
     operators: Mapping[str, PackedOperator]
     entries: Mapping[str, Entry]
 
@@ -56,18 +59,34 @@ class UsedCache:
 
         Raises ValueError, naming the file, where that fails.
         """
-        total = sum(self.entries[name].file_bytes() for name in self.operators)
-        copied = total if self.mode == "copy" else 0
+        copied = sum(self._copied_bytes(name) for name in self.operators)
         readers = min(MAX_READERS, _native.default_threads())
         with byte_progress("Loading packed weights", copied) as advance:
 
-            def tensors(name: str) -> dict[str, torch.Tensor]:
-                return open_tensors(self.folder, self.entries[name], self.mode, advance)
+            def opened(name: str) -> Callable[[], None]:
+                return self._open(name, advance)
 
             with ThreadPoolExecutor(readers) as pool:
-                opened = pool.map(tensors, self.operators)
-                for operator, found in zip(self.operators.values(), opened, strict=True):
-                    operator.use_packed(found)
+                for use in pool.map(opened, self.operators):
+                    use()
+
+    def _open(self, name: str, advance: Callable[[int], None]) -> Callable[[], None]:
+        """Map or copy an operator's tensors; return what makes it compute with them."""
+        operator, entry, mode = self.operators[name], self.entries[name], self.modes[name]
+        if mode == "copy" and isinstance(operator, PlacedOperator):
+            memory = operator.placed_memory()
+            ranges = {tensor: placed.ranges() for tensor, placed in memory.items()}
+            read_into(self.folder, entry, ranges, advance)
+            return partial(operator.use_placed, memory)
+        return partial(operator.use_packed, open_tensors(self.folder, entry, mode, advance))
+
+    def _copied_bytes(self, name: str) -> int:
+        if self.modes[name] == "map":
+            return 0
+        operator = self.operators[name]
+        if isinstance(operator, PlacedOperator):
+            return operator.packed_bytes()
+        return self.entries[name].file_bytes()
 
     def rest_of(self, reading: Reading) -> Reading:
         """Return what is still to be read from the checkpoint."""
@@ -76,9 +95,41 @@ class UsedCache:
         return replace(reading, operators=left)
 
     def __str__(self) -> str:
-        nbytes = sum(self.entries[name].file_bytes() for name in self.operators)
-        done = "mapped from" if self.mode == "map" else "copied from"
-        return f"{nbytes / 2**20:,.1f} MiB of {len(self.operators)} operators {done} {self.folder}"
+        done: tuple[tuple[Mode, str], ...] = (("map", "mapped"), ("copy", "copied"))
+        lines = []
+        for mode, verb in done:
+            sizes = [
+                self.entries[name].file_bytes()
+                for name in self.operators
+                if self.modes[name] == mode
+            ]
+            if sizes:
+                lines.append(f"{sum(sizes) / 2**20:,.1f} MiB of {len(sizes)} operators {verb}")
+        return f"{' and '.join(lines)} from {self.folder}"
+
+
+def _mode_of(operator: PackedOperator, wanted: CacheMode) -> Mode:
+    """Return how an operator gets its tensors: what lies on several nodes cannot be mapped."""
+    if wanted != "auto":
+        return wanted
+    return "copy" if _in_parts(operator) else "map"
+
+
+def _in_parts(operator: PackedOperator) -> bool:
+    return isinstance(operator, PlacedOperator) and operator.placement.in_parts
+
+
+def _check_mode(operators: Mapping[str, PackedOperator], mode: CacheMode) -> None:
+    placed = [name for name, operator in operators.items() if _in_parts(operator)]
+    if mode != "map" or not placed:
+        return
+    operator = operators[placed[0]]
+    assert isinstance(operator, PlacedOperator)
+    raise LoadError(
+        f"cache_mode map: the weights of {type(operator).__name__} at {listed(placed, 1)} lie in "
+        f"parts (numa: {operator.placement}), and a mapped file lies in one; use cache_mode copy "
+        "or auto, or numa: interleave"
+    )
 
 
 def packed_operators(planned: Plan) -> dict[str, PackedOperator]:
@@ -105,7 +156,7 @@ def find_cache(
     checkpoint: Checkpoint,
     weights: Path | None,
     cache: str | os.PathLike[str] | None,
-    mode: Mode,
+    mode: CacheMode,
 ) -> tuple[UsedCache | None, str | None]:
     """Return the cache to use, if any, and what the report is to say of it.
 
@@ -114,8 +165,8 @@ def find_cache(
 
     Raises LoadError, in a sentence that says what to do, where the cache is not to be used.
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"cache_mode {mode!r}: expected {' or '.join(get_args(Mode))}")
+    if mode not in get_args(CacheMode):
+        raise ValueError(f"cache_mode {mode!r}: expected auto, map or copy")
     operators = packed_operators(planned)
     named = cache is not None and cache != AUTO
     if cache is None or (not named and (not operators or weights is None)):
@@ -147,7 +198,9 @@ def find_cache(
         _check_files(folder, index, wanted)
     except ValueError as error:
         raise LoadError(f"{error}{escape}") from error
-    used = UsedCache(folder, mode, operators, index.entries)
+    _check_mode(operators, mode)
+    modes = {name: _mode_of(operator, mode) for name, operator in operators.items()}
+    used = UsedCache(folder, modes, operators, index.entries)
     logger.info("packed cache: %s", used)
     return used, str(used)
 

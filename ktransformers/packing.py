@@ -28,6 +28,7 @@ from ktransformers.hub import resolve_model
 from ktransformers.inject import plan
 from ktransformers.load import build_folder_on_meta
 from ktransformers.packed import DEFAULT_FOLDER, checkpoint_fingerprint, packed_operators
+from ktransformers.placement import ANYWHERE, PlacedOperator
 from ktransformers.progress import byte_progress
 from ktransformers.rules import Rule, load_rules
 from ktransformers.weights import MAX_READERS, check_weights, serve_ties
@@ -222,6 +223,8 @@ def _pack_all(
         def pack_next() -> None:
             name = queue.popleft()
             operator = operators.pop(name)  # and when this ends, it is gone
+            if isinstance(operator, PlacedOperator):
+                operator.place(ANYWHERE)
             operator.load_weights(watched)
             tensors = {tensor: operator.get_buffer(tensor) for tensor in entries[name].layout}
             writer.write(name, tensors, stoppable)

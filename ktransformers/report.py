@@ -15,6 +15,7 @@ from torch import nn
 
 from ktransformers import _native
 from ktransformers.inject import Plan, format_replacements
+from ktransformers.placement import PlacedOperator
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,15 @@ class Report:
     experts_per_token: float | None  # measured in a probe over all MoE layers; None without any
     isa: str  # the CPU kernels that dispatch chose
     cache: str | None = None  # what came from a packed cache, or why nothing did
+    numa: tuple[str, ...] = ()  # where packed weights lie, a line for each way
 
     def __str__(self) -> str:
         devices = ", ".join(f"{d}: {n / 2**20:,.1f} MiB" for d, n in self.bytes_by_device.items())
-        lines = [*self.replacements, f"memory of weights: {devices}", f"CPU kernels: {self.isa}"]
+        lines = [*self.replacements, f"memory of weights: {devices}"]
+        lines += [f"NUMA: {line}" for line in self.numa]
         if self.cache is not None:
-            lines.insert(-1, f"packed cache: {self.cache}")
+            lines.append(f"packed cache: {self.cache}")
+        lines.append(f"CPU kernels: {self.isa}")
         if self.experts_per_token is not None:
             lines.append(f"experts per token, measured: {self.experts_per_token:.2f}")
         return "\n".join(lines)
@@ -101,6 +105,21 @@ def bytes_by_device(model: nn.Module) -> dict[str, int]:
     return dict(totals)
 
 
+def numa_lines(model: nn.Module) -> list[str]:
+    """Say how much memory the packed weights of a model take on which nodes, folded."""
+    totals: dict[str, int] = defaultdict(int)  # of one copy
+    for module in model.modules():
+        if not isinstance(module, PlacedOperator):
+            continue
+        placement = module.placement
+        line = str(placement) if module.is_bound else "mapped, bound to no node"
+        if module.is_bound and placement.unbound is not None:
+            line += f", not bound ({placement.unbound})"
+        line += f": {placement.copies} x " if placement.mode == "replicate" else ": "
+        totals[line] += module.packed_bytes() // placement.copies
+    return [f"{line}{nbytes / 2**20:,.1f} MiB" for line, nbytes in totals.items()]
+
+
 def build_report(
     model: nn.Module, plan: Plan, experts_per_token: float | None, cache: str | None = None
 ) -> Report:
@@ -111,4 +130,5 @@ def build_report(
         experts_per_token=experts_per_token,
         isa=_native.isa(),
         cache=cache,
+        numa=tuple(numa_lines(model)),
     )

@@ -12,9 +12,9 @@
 namespace kt {
 namespace {
 
-// Scratch at the largest chunk: 8,192 rows of intermediates, 5 bytes per element.
-constexpr int64_t chunk_tokens = 1024;
-constexpr int64_t chunk_rows = 8192;
+// DeepSeek-V3 routes to 8. Scratch at 1,024 tokens: 8,192 rows of intermediates, 5 bytes per
+// element.
+constexpr int64_t rows_per_token = 8;
 
 struct chunk {
   const kernel_table& kernels;
@@ -26,9 +26,9 @@ struct chunk {
   float_type type;
   int64_t tokens;
 
-  int64_t hidden_n, intermediate_n;  // as padded
-  int64_t gate_up_columns, gate_up_slices;
-  int64_t down_columns;
+  const slice_tasks& gate_up_tasks;  // of blocks of one expert
+  const slice_tasks& down_tasks;     // of all tokens
+  int64_t intermediate_n;            // as padded
 
   activation_rows x_rows, h_rows;
   float* h;
@@ -47,15 +47,13 @@ struct chunk {
   void gate_up(int64_t task, int worker) const {
     const weight_format format = weights.format;
     const int64_t d = weights.hidden_size;
-    const int64_t index = task / gate_up_slices;
-    const routed_block block = routed.blocks[static_cast<size_t>(index)];
-    const int64_t column = task % gate_up_slices * gate_up_columns;
-    const int64_t columns = std::min(gate_up_columns, intermediate_n - column);
+    const slice_task slice = gate_up_tasks.at(task, worker);
+    const routed_block block = routed.blocks[static_cast<size_t>(slice.block)];
+    const int64_t column = slice.column, columns = slice.columns;
     float* gate_tile = tiles + worker * tiles_per_worker;
     float* up_tile = gate_tile + slice_rows * wide_slice;
-    const int64_t gate_output = 2 * block.expert * intermediate_n + column;
-    const packed_matrix gate = outputs_from(format, weights.gate_up, gate_output, d);
-    const packed_matrix up = outputs_from(format, weights.gate_up, gate_output + intermediate_n, d);
+    const packed_matrix gate = outputs_in(format, slice.part, 2 * block.expert, column, d);
+    const packed_matrix up = outputs_in(format, slice.part, 2 * block.expert + 1, column, d);
     for (int64_t done = 0; done < block.rows; done += slice_rows) {
       const int64_t rows = std::min(block.rows - done, slice_rows);
       const int32_t* token = routed.token.data() + block.begin + done;
@@ -65,7 +63,7 @@ struct chunk {
                         h + (block.begin + done) * intermediate_n + column, intermediate_n});
     }
     // Whoever finishes a block's last slice prepares its rows: no phase of its own for that.
-    if (slices_left[index].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+    if (slices_left[slice.block].fetch_sub(1, std::memory_order_acq_rel) == 1) {
       prepare_rows(kernels, format, block.rows, weights.moe_intermediate_size,
                    h + block.begin * intermediate_n, intermediate_n, float_type::fp32, h_rows,
                    block.begin);
@@ -76,14 +74,13 @@ struct chunk {
   void down(int64_t task, int worker) const {
     const weight_format format = weights.format;
     const int64_t f = weights.moe_intermediate_size;
-    const int64_t column = task * down_columns;
-    const int64_t columns = std::min(down_columns, hidden_n - column);
+    const slice_task slice = down_tasks.at(task, worker);
+    const int64_t column = slice.column, columns = slice.columns;
     float* d_tile = tiles + worker * tiles_per_worker;
     float* y = d_tile + 2 * slice_rows * wide_slice;
     std::memset(y, 0, static_cast<size_t>(tokens * wide_slice) * sizeof(float));
     for (const routed_block& block : routed.blocks) {
-      const packed_matrix matrix =
-          outputs_from(format, weights.down, block.expert * hidden_n + column, f);
+      const packed_matrix matrix = outputs_in(format, slice.part, block.expert, column, f);
       for (int64_t done = 0; done < block.rows; done += slice_rows) {
         const int64_t rows = std::min(block.rows - done, slice_rows);
         const int64_t row = block.begin + done;
@@ -101,8 +98,9 @@ struct chunk {
 
 }  // namespace
 
-int64_t max_chunk_tokens(int64_t top_k) {
-  return std::clamp(chunk_rows / std::max<int64_t>(top_k, 1), int64_t{1}, chunk_tokens);
+int64_t max_chunk_tokens(int64_t top_k, int64_t chunk_tokens) {
+  const int64_t rows = rows_per_token * chunk_tokens;
+  return std::clamp(rows / std::max<int64_t>(top_k, 1), int64_t{1}, chunk_tokens);
 }
 
 void experts_forward(const kernel_table& kernels, const experts_weights& weights,
@@ -111,11 +109,9 @@ void experts_forward(const kernel_table& kernels, const experts_weights& weights
   sort_by_expert(input.routed, begin, count, weights.num_experts, &scratch->routed);
   const int64_t rows = static_cast<int64_t>(scratch->routed.token.size());
   const int64_t blocks = static_cast<int64_t>(scratch->routed.blocks.size());
-  const int64_t hidden_n = padded_n(weights.hidden_size);
-  const int64_t intermediate_n = padded_n(weights.moe_intermediate_size);
-  const int64_t gate_up_columns = slice_columns(intermediate_n, blocks, threads);
-  const int64_t gate_up_slices = divide_up(intermediate_n, gate_up_columns);
-  const int64_t down_columns = slice_columns(hidden_n, 1, threads);
+  const slice_tasks gate_up_tasks(weights.gate_up, blocks, threads);
+  const slice_tasks down_tasks(weights.down, 1, threads);
+  const int64_t intermediate_n = gate_up_tasks.outputs();
   const int64_t tiles_per_worker = (2 * slice_rows + count) * wide_slice;
   const int64_t first_byte = begin * weights.hidden_size * float_type_size(input.type);
 
@@ -126,11 +122,9 @@ void experts_forward(const kernel_table& kernels, const experts_weights& weights
              static_cast<char*>(input.out) + first_byte,
              input.type,
              count,
-             hidden_n,
+             gate_up_tasks,
+             down_tasks,
              intermediate_n,
-             gate_up_columns,
-             gate_up_slices,
-             down_columns,
              scratch->x.reserve(weights.format, count, weights.hidden_size),
              scratch->h_prepared.reserve(weights.format, rows, weights.moe_intermediate_size),
              scratch->h.reserve(rows * intermediate_n),
@@ -138,7 +132,7 @@ void experts_forward(const kernel_table& kernels, const experts_weights& weights
              scratch->tiles.reserve(threads * tiles_per_worker),
              tiles_per_worker};
   for (int64_t i = 0; i < blocks; ++i) {
-    work.slices_left[i].store(gate_up_slices, std::memory_order_relaxed);
+    work.slices_left[i].store(gate_up_tasks.slices(), std::memory_order_relaxed);
   }
   const phase phases[] = {
       {divide_up(count, rows_per_prepare),
@@ -146,16 +140,16 @@ void experts_forward(const kernel_table& kernels, const experts_weights& weights
          static_cast<const chunk*>(context)->prepare_tokens(task);
        },
        &work},
-      {blocks * gate_up_slices,
-       [](void* context, int64_t task, int worker) {
-         static_cast<const chunk*>(context)->gate_up(task, worker);
-       },
-       &work},
-      {divide_up(hidden_n, down_columns),
-       [](void* context, int64_t task, int worker) {
-         static_cast<const chunk*>(context)->down(task, worker);
-       },
-       &work},
+      gate_up_tasks.as_phase(
+          [](void* context, int64_t task, int worker) {
+            static_cast<const chunk*>(context)->gate_up(task, worker);
+          },
+          &work),
+      down_tasks.as_phase(
+          [](void* context, int64_t task, int worker) {
+            static_cast<const chunk*>(context)->down(task, worker);
+          },
+          &work),
   };
   run_phases(phases, 3, threads);
 }

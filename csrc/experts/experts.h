@@ -13,19 +13,20 @@
 #include <cstdint>
 
 #include "../kernels.h"
-#include "../weights/rows.h"
+#include "../slices.h"
+#include "../weights/placed.h"
 #include "routing.h"
 
 namespace kt {
 
-// Owned by the caller. Of each expert gate_up holds gate and then up, as packed one by one.
+// Owned by the caller. Of each expert gate_up holds gate and then up: two matrices.
 struct experts_weights {
   weight_format format;
   int64_t num_experts;
   int64_t hidden_size;
   int64_t moe_intermediate_size;
-  packed_matrix gate_up;
-  packed_matrix down;
+  placed_weight gate_up;
+  placed_weight down;
 };
 
 struct experts_input {
@@ -35,10 +36,11 @@ struct experts_input {
   float_type type;            // of both: bf16 or fp32
 };
 
-// The most tokens that one call of experts_forward takes: bounds the scratch memory.
-int64_t max_chunk_tokens(int64_t top_k);
+// The tokens to give to one call of experts_forward, whose scratch memory grows with them and their
+// routed rows: `chunk_tokens`, or fewer where more than 8 experts are routed to.
+int64_t max_chunk_tokens(int64_t top_k, int64_t chunk_tokens = default_chunk_tokens);
 
-// Computes tokens [begin, begin + count), count <= max_chunk_tokens(top_k).
+// Computes tokens [begin, begin + count).
 void experts_forward(const kernel_table& kernels, const experts_weights& weights,
                      const experts_input& input, int64_t begin, int64_t count, int threads);
 

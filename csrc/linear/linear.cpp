@@ -22,7 +22,7 @@ struct chunk {
   char* out;
   float_type type;
   int64_t rows;
-  int64_t columns, slices;
+  const slice_tasks& tasks;
   activation_rows prepared;
   float* tiles;  // one per worker
 
@@ -34,13 +34,13 @@ struct chunk {
   }
 
   void project(int64_t task, int worker) const {
-    const int64_t column = task % slices * columns;
-    const int64_t n = std::min(columns, padded_n(weights.out_features) - column);
+    const slice_task slice = tasks.at(task, worker);
+    const int64_t column = slice.column, n = slice.columns;
     const int64_t real = std::min(n, weights.out_features - column);
-    const int64_t first = task / slices * block_rows;
+    const int64_t first = slice.block * block_rows;
     const int64_t end = std::min(first + block_rows, rows);
     const packed_matrix matrix =
-        outputs_from(weights.format, weights.matrix, column, weights.in_features);
+        outputs_in(weights.format, slice.part, 0, column, weights.in_features);
     float* tile = tiles + worker * slice_rows * wide_slice;
     for (int64_t row = first; row < end; row += slice_rows) {
       const int64_t count = std::min(end - row, slice_rows);
@@ -57,28 +57,24 @@ struct chunk {
 void linear_forward(const kernel_table& kernels, const linear_weights& weights,
                     const linear_input& input, int64_t begin, int64_t count, int threads) {
   const borrowed_scratch scratch;
-  const int64_t blocks = divide_up(count, block_rows), n = padded_n(weights.out_features);
-  const int64_t columns = slice_columns(n, blocks, threads);
-  const int64_t slices = divide_up(n, columns), size = float_type_size(input.type);
+  const slice_tasks tasks(weights.matrix, divide_up(count, block_rows), threads);
+  const int64_t size = float_type_size(input.type);
   chunk work{kernels,
              weights,
              static_cast<const char*>(input.x) + begin * weights.in_features * size,
              static_cast<char*>(input.out) + begin * weights.out_features * size,
              input.type,
              count,
-             columns,
-             slices,
+             tasks,
              scratch->x.reserve(weights.format, count, weights.in_features),
              scratch->tiles.reserve(threads * slice_rows * wide_slice)};
   const phase phases[] = {
       {divide_up(count, rows_per_prepare),
        [](void* context, int64_t task, int) { static_cast<const chunk*>(context)->prepare(task); },
        &work},
-      {blocks * slices,
-       [](void* context, int64_t task, int worker) {
-         static_cast<const chunk*>(context)->project(task, worker);
-       },
-       &work},
+      tasks.as_phase([](void* context, int64_t task,
+                        int worker) { static_cast<const chunk*>(context)->project(task, worker); },
+                     &work),
   };
   run_phases(phases, 2, threads);
 }

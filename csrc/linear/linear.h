@@ -6,7 +6,8 @@
 #include <cstdint>
 
 #include "../kernels.h"
-#include "../weights/rows.h"
+#include "../slices.h"
+#include "../weights/placed.h"
 
 namespace kt {
 
@@ -15,7 +16,7 @@ struct linear_weights {
   weight_format format;
   int64_t in_features;
   int64_t out_features;
-  packed_matrix matrix;
+  placed_weight matrix;
 };
 
 struct linear_input {
@@ -24,10 +25,8 @@ struct linear_input {
   float_type type;  // of both: bf16 or fp32
 };
 
-// The most rows that one call of linear_forward takes: bounds the scratch memory.
-constexpr int64_t max_linear_rows = 1024;
-
-// Computes rows [begin, begin + count), count <= max_linear_rows.
+// Computes rows [begin, begin + count); the scratch memory grows with them. Callers who have many
+// take default_chunk_tokens at a time.
 void linear_forward(const kernel_table& kernels, const linear_weights& weights,
                     const linear_input& input, int64_t begin, int64_t count, int threads);
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ PAGE = 4096  # what sizes are padded to: the page size of x86-64
 CHUNK = 16 << 20  # bytes per read or write: a stop is noticed, and progress shown, in between
 
 Mode = Literal["map", "copy"]
+Range = tuple[int, torch.Tensor]  # a first byte, and flat uint8 memory for what is there
 Advance = Callable[[int], None]  # is told of bytes done
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # as packed_layout returns it
 
@@ -97,13 +98,21 @@ class Entry:
         data = sum(padded(tensor_bytes(*tensor)) for tensor in self.layout.values())
         return len(self.header()) + data
 
+    def offsets(self) -> dict[str, int]:
+        """Return where in the file each tensor begins."""
+        offsets, end = {}, len(self.header())
+        for tensor, (shape, dtype) in self.layout.items():
+            offsets[tensor] = end
+            end += padded(tensor_bytes(shape, dtype))
+        return offsets
+
     def views(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the tensors in a whole file's bytes, as views."""
-        views, end = {}, len(self.header())
-        for tensor, (shape, dtype) in self.layout.items():
-            size = tensor_bytes(shape, dtype)
-            views[tensor] = whole[end : end + size].view(dtype).view(shape)
-            end += padded(size)
+        views = {}
+        for tensor, begin in self.offsets().items():
+            shape, dtype = self.layout[tensor]
+            flat = whole[begin : begin + tensor_bytes(shape, dtype)]
+            views[tensor] = flat.view(dtype).view(shape)
         return views
 
     def difference(self, wanted: Entry) -> str | None:
@@ -265,7 +274,8 @@ def open_tensors(
         if mode == "map":
             whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         else:
-            whole = _copy(path, size, advance)
+            whole = _anonymous(size)
+            _read(path, [(0, whole)], advance)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
     except RuntimeError as error:  # torch's, of a mapping
@@ -273,17 +283,37 @@ def open_tensors(
     return entry.views(whole)
 
 
-def _copy(path: Path, size: int, advance: Advance) -> torch.Tensor:
-    """Read a file into anonymous memory, in huge pages where the kernel grants them."""
+def read_into(
+    folder: Path, entry: Entry, memory: Mapping[str, Iterable[Range]], advance: Advance
+) -> None:
+    """Read an operator's packed tensors into memory of its own; the file has passed `check_file`.
+
+    `memory` names, for each tensor, which of its bytes go where. Raises ValueError, naming the
+    file, where that fails.
+    """
+    path, offsets = folder / entry.file_name, entry.offsets()
+    ranges = ((offsets[name] + at, to) for name, into in memory.items() for at, to in into)
+    try:
+        _read(path, ranges, advance)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+
+
+def _anonymous(size: int) -> torch.Tensor:
+    """Return memory of this process, in huge pages where the kernel grants them."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    unread = memoryview(memory)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _read(path: Path, ranges: Iterable[Range], advance: Advance) -> None:
     with path.open("rb", buffering=0) as file:
-        while unread and (length := file.readinto(unread[:CHUNK])):
-            unread = unread[length:]
-            advance(length)
-    if unread:
-        raise ValueError(f"{path}: ends {len(unread):,} bytes too soon")
-    return whole
+        for begin, memory in ranges:
+            file.seek(begin)
+            unread = memory.numpy().data
+            while unread and (length := file.readinto(unread[:CHUNK])):
+                unread = unread[length:]
+                advance(length)
+            if unread:
+                raise ValueError(f"{path}: ends {len(unread):,} bytes too soon")

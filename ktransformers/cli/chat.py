@@ -46,7 +46,7 @@ def chat(
     seed: Seed = None,
     dtype: Dtype = None,
     cache: Cache = "auto",
-    cache_mode: CacheModeOption = CacheMode.map,
+    cache_mode: CacheModeOption = CacheMode.auto,
     verbose: Verbose = False,
 ) -> None:
     """Talk with a model, in its own chat template.

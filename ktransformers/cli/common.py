@@ -28,6 +28,7 @@ P = ParamSpec("P")
 class CacheMode(str, Enum):
     """How packed weights get from a cache into memory."""
 
+    auto = "auto"
     map = "map"
     copy = "copy"
 
@@ -78,7 +79,9 @@ Cache = Annotated[
 CacheModeOption = Annotated[
     CacheMode,
     typer.Option(
-        "--cache-mode", help="Map the cache, shared with other processes, or copy it to memory."
+        "--cache-mode",
+        help="Map the cache, shared with other processes, or copy it to memory; auto copies what "
+        "NUMA nodes have shards or replicas of.",
     ),
 ]
 Verbose = Annotated[

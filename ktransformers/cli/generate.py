@@ -46,7 +46,7 @@ def generate(
     seed: Seed = None,
     dtype: Dtype = None,
     cache: Cache = "auto",
-    cache_mode: CacheModeOption = CacheMode.map,
+    cache_mode: CacheModeOption = CacheMode.auto,
     verbose: Verbose = False,
 ) -> None:
     """Continue a text. The continuation goes to stdout, everything else to stderr.

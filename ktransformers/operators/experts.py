@@ -16,7 +16,7 @@ Shape suffixes: T tokens, D hidden_size, E experts, K top_k, F moe_intermediate_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -25,21 +25,28 @@ from transformers.integrations.moe import _default_apply_gate
 from typing_extensions import Self
 
 from ktransformers import _native
-from ktransformers.base import Checkpoint, Footprint, PackedOperator, Site
-from ktransformers.checkpoint import read_checked
-from ktransformers.cpu_options import check_site, scale_dtype, thread_count, weight_format
+from ktransformers.base import Checkpoint, Footprint, Site
+from ktransformers.cpu_options import (
+    check_site,
+    chunk_size,
+    scale_dtype,
+    thread_count,
+    weight_format,
+    weight_placement,
+)
+from ktransformers.placement import PackedMatrices, PlacedOperator, PlacedTensor, Placement
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-class CpuExperts(PackedOperator):
+class CpuExperts(PlacedOperator):
     """Compute a layer's routed experts on the CPU from packed weights.
 
     Buffers hold the packed weights (uint8 bytes in a layout of `csrc/`, scales in fp32, or bf16 for
     int4); the native handle reads them in place.
     """
 
-    gate_up_packed: torch.Tensor
+    gate_up_packed: torch.Tensor  # these where weights are one part; see PlacedOperator
     gate_up_scale: torch.Tensor
     down_packed: torch.Tensor
     down_scale: torch.Tensor
@@ -53,6 +60,8 @@ class CpuExperts(PackedOperator):
         width: int,
         weight_format: str,
         threads: int,
+        placement: Placement,
+        chunk_tokens: int | None = None,
     ):
         super().__init__()
         self.site = site
@@ -61,8 +70,9 @@ class CpuExperts(PackedOperator):
         self.hidden_size = hidden_size
         self.moe_intermediate_size = width
         self.threads = threads
+        self.chunk_tokens = chunk_tokens
         self._layer: _native.Experts | None = None
-        self.register_packed()
+        self.place(placement)
 
     @classmethod
     def from_module(
@@ -73,6 +83,8 @@ class CpuExperts(PackedOperator):
         weight: Literal["int8", "int4", "bf16"] = "int8",
         group_size: Literal[32, 64, 128] | None = None,
         threads: int | Literal["auto"] = "auto",
+        numa: Literal["interleave", "shard", "replicate"] | None = None,
+        chunk_tokens: int | None = None,
     ) -> Self:
         """Build the operator for a fused experts module.
 
@@ -81,6 +93,11 @@ class CpuExperts(PackedOperator):
             group_size: inputs that share a scale, for int4 alone; 128 where it is not given.
             threads: how many to compute with; auto means every physical core that the process may
                 run on, within its CPU quota.
+            numa: where the weights lie on a machine of several nodes: their pages dealt to all in
+                turn, a slice of every matrix on each, or a copy on each. Without it the classic
+                switch decides: USE_NUMA=1 means replicate; else they are interleaved.
+            chunk_tokens: how many to compute at a time, which bounds the memory for intermediates;
+                1024 where it is not given, fewer where a token has more than 8 experts.
 
         Raises ValueError where the module is no gated SiLU experts module on the CPU.
         """
@@ -96,6 +113,7 @@ class CpuExperts(PackedOperator):
             )
         format_name = weight_format(weight, group_size)
         count = thread_count(threads)
+        placement, chunk = weight_placement(numa), chunk_size(chunk_tokens)
         check_site(site)
         activation = getattr(site.config, "hidden_act", None)
         if activation != "silu":
@@ -111,18 +129,25 @@ class CpuExperts(PackedOperator):
             width=two_F // 2,
             weight_format=format_name,
             threads=count,
+            placement=placement,
+            chunk_tokens=chunk,
         )
 
-    def packed_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name the packed integers and their scales."""
+    def packed_matrices(self) -> dict[str, PackedMatrices]:
+        """Name the packed integers and their scales, gate before up."""
         E, D, F = self.num_experts, self.hidden_size, self.moe_intermediate_size
         name = self.weight_format
+        gate_up, down = _native.packed_bytes(F, D, name), _native.packed_bytes(D, F, name)
         scale = scale_dtype(name)
+        gate_up_scales, down_scales = (
+            _native.scale_count(F, D, name),
+            _native.scale_count(D, F, name),
+        )
         return {
-            "gate_up_packed": ((E, 2 * _native.packed_bytes(F, D, name)), torch.uint8),
-            "gate_up_scale": ((E, 2, _native.scale_count(F, D, name)), scale),
-            "down_packed": ((E, _native.packed_bytes(D, F, name)), torch.uint8),
-            "down_scale": ((E, _native.scale_count(D, F, name)), scale),
+            "gate_up_packed": PackedMatrices((E, 2 * gate_up), torch.uint8, 2 * E, F),
+            "gate_up_scale": PackedMatrices((E, 2, gate_up_scales), scale, 2 * E, F),
+            "down_packed": PackedMatrices((E, down), torch.uint8, E, D),
+            "down_scale": PackedMatrices((E, down_scales), scale, E, D),
         }
 
     def packed_format(self) -> str:
@@ -138,7 +163,7 @@ class CpuExperts(PackedOperator):
             device=self.site.device,
             weight_bytes=weight_bytes,
             flops_per_token=active * 3 * 2 * D * F,
-            bytes_read_per_token=weight_bytes // self.num_experts * active,
+            bytes_read_per_token=weight_bytes // self.placement.copies // self.num_experts * active,
         )
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -153,43 +178,34 @@ class CpuExperts(PackedOperator):
     def _weight_name(self, expert: int, projection: str) -> str:
         return f"{self.site.name}.{expert}.{projection}.weight"
 
-    def load_weights(self, checkpoint: Checkpoint) -> None:
-        """Read, quantise and pack one matrix at a time.
-
-        Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity.
-        """
+    def pack_into(self, memory: Mapping[str, PlacedTensor], checkpoint: Checkpoint) -> None:
+        """Read, quantise and pack three matrices per expert."""
         D, F = self.hidden_size, self.moe_intermediate_size
-        tensors = self.empty_packed()
+        gate_up = memory["gate_up_packed"], memory["gate_up_scale"]
+        down = memory["down_packed"], memory["down_scale"]
         for expert in range(self.num_experts):
-            gate, up = tensors["gate_up_packed"][expert].chunk(2)
-            gate_scale, up_scale = tensors["gate_up_scale"][expert]
-            down, down_scale = tensors["down_packed"][expert], tensors["down_scale"][expert]
-            for shape, projection, packed, scale in (
-                ((F, D), "gate_proj", gate, gate_scale),
-                ((F, D), "up_proj", up, up_scale),
-                ((D, F), "down_proj", down, down_scale),
+            for projection, shape, tensors, index in (
+                ("gate_proj", (F, D), gate_up, 2 * expert),
+                ("up_proj", (F, D), gate_up, 2 * expert + 1),
+                ("down_proj", (D, F), down, expert),
             ):
                 name = self._weight_name(expert, projection)
-                weight = read_checked(checkpoint, name, shape)
-                try:
-                    _native.pack(weight, packed, scale, self.weight_format)
-                except ValueError as error:
-                    raise ValueError(f"{checkpoint.infos()[name].file}: {name}: {error}") from None
-        self.use_packed(tensors)
+                self.pack_matrix(checkpoint, name, shape, *tensors, index)
 
-    def use_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Adopt the packed weights. Raises ValueError where one has not the layout's shape."""
-        for name in self.packed_layout():
-            setattr(self, name, tensors[name])
+    def compute_with(self, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Build the native layer on these tensors."""
         self._layer = _native.Experts(
-            self.gate_up_packed,
-            self.gate_up_scale,
-            self.down_packed,
-            self.down_scale,
+            parts["gate_up_packed"],
+            parts["gate_up_scale"],
+            parts["down_packed"],
+            parts["down_scale"],
             format=self.weight_format,
             hidden_size=self.hidden_size,
             moe_intermediate_size=self.moe_intermediate_size,
             threads=self.threads,
+            chunk_tokens=self.chunk_tokens,
+            numa=self.placement.mode,
+            nodes=self.placement.nodes,
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped

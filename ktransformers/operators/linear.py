@@ -12,7 +12,7 @@ Shape suffixes: N out_features, K in_features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -20,19 +20,34 @@ from torch import nn
 from typing_extensions import Self
 
 from ktransformers import _native
-from ktransformers.base import Checkpoint, Footprint, PackedOperator, Site
-from ktransformers.checkpoint import read_checked
-from ktransformers.cpu_options import check_site, scale_dtype, thread_count, weight_format
+from ktransformers.base import Checkpoint, Footprint, Site
+from ktransformers.cpu_options import (
+    check_site,
+    chunk_size,
+    scale_dtype,
+    thread_count,
+    weight_format,
+    weight_placement,
+)
+from ktransformers.placement import PackedMatrices, PlacedOperator, PlacedTensor, Placement
 
 
-class CpuLinear(PackedOperator):
+class CpuLinear(PlacedOperator):
     """Compute a projection on the CPU from packed weights, which buffers hold."""
 
-    packed: torch.Tensor
+    packed: torch.Tensor  # these where weights are one part; see PlacedOperator
     scale: torch.Tensor
 
     def __init__(
-        self, site: Site, *, in_features: int, out_features: int, weight_format: str, threads: int
+        self,
+        site: Site,
+        *,
+        in_features: int,
+        out_features: int,
+        weight_format: str,
+        threads: int,
+        placement: Placement,
+        chunk_tokens: int | None = None,
     ):
         super().__init__()
         self.site = site
@@ -40,8 +55,9 @@ class CpuLinear(PackedOperator):
         self.out_features = out_features
         self.weight_format = weight_format
         self.threads = threads
+        self.chunk_tokens = chunk_tokens
         self._layer: _native.Linear | None = None
-        self.register_packed()
+        self.place(placement)
 
     @classmethod
     def from_module(
@@ -52,6 +68,8 @@ class CpuLinear(PackedOperator):
         weight: Literal["int8", "int4", "bf16"] = "int8",
         group_size: Literal[32, 64, 128] | None = None,
         threads: int | Literal["auto"] = "auto",
+        numa: Literal["interleave", "shard", "replicate"] | None = None,
+        chunk_tokens: int | None = None,
     ) -> Self:
         """Build the operator for a linear layer.
 
@@ -60,6 +78,11 @@ class CpuLinear(PackedOperator):
             group_size: inputs that share a scale, for int4 alone; 128 where it is not given.
             threads: how many to compute with; auto means every physical core that the process may
                 run on, within its CPU quota.
+            numa: where the weights lie on a machine of several nodes: their pages dealt to all in
+                turn, a slice of every matrix on each, or a copy on each. Without it the classic
+                switch decides: USE_NUMA=1 means replicate; else they are interleaved.
+            chunk_tokens: how many to compute at a time, which bounds the memory for intermediates;
+                1024 where it is not given.
 
         Raises ValueError where the module is no `torch.nn.Linear` without bias on the CPU.
         """
@@ -72,15 +95,25 @@ class CpuLinear(PackedOperator):
         N, K = module.weight.shape
         format_name = weight_format(weight, group_size)
         count = thread_count(threads)
+        placement, chunk = weight_placement(numa), chunk_size(chunk_tokens)
         check_site(site)
-        return cls(site, in_features=K, out_features=N, weight_format=format_name, threads=count)
+        return cls(
+            site,
+            in_features=K,
+            out_features=N,
+            weight_format=format_name,
+            threads=count,
+            placement=placement,
+            chunk_tokens=chunk,
+        )
 
-    def packed_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def packed_matrices(self) -> dict[str, PackedMatrices]:
         """Name the packed weights and their scales."""
         N, K, name = self.out_features, self.in_features, self.weight_format
+        packed, scales = _native.packed_bytes(N, K, name), _native.scale_count(N, K, name)
         return {
-            "packed": ((_native.packed_bytes(N, K, name),), torch.uint8),
-            "scale": ((_native.scale_count(N, K, name),), scale_dtype(name)),
+            "packed": PackedMatrices((packed,), torch.uint8, 1, N),
+            "scale": PackedMatrices((scales,), scale_dtype(name), 1, N),
         }
 
     def packed_format(self) -> str:
@@ -91,37 +124,30 @@ class CpuLinear(PackedOperator):
         """Say what the layer needs; a token reads all of it."""
         nbytes = self.packed_bytes()
         flops = 2 * self.in_features * self.out_features
-        return Footprint(self.site.device, nbytes, flops, nbytes)
+        return Footprint(self.site.device, nbytes, flops, nbytes // self.placement.copies)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name the one matrix."""
         return {f"{self.site.name}.weight": (self.out_features, self.in_features)}
 
-    def load_weights(self, checkpoint: Checkpoint) -> None:
-        """Read, quantise and pack.
+    def pack_into(self, memory: Mapping[str, PlacedTensor], checkpoint: Checkpoint) -> None:
+        """Read, quantise and pack the one matrix."""
+        shape = (self.out_features, self.in_features)
+        (name,) = self.weight_shapes()
+        self.pack_matrix(checkpoint, name, shape, memory["packed"], memory["scale"], 0)
 
-        Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity.
-        """
-        tensors = self.empty_packed()
-        ((name, shape),) = self.weight_shapes().items()
-        weight = read_checked(checkpoint, name, shape)
-        try:
-            _native.pack(weight, tensors["packed"], tensors["scale"], self.weight_format)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.infos()[name].file}: {name}: {error}") from None
-        self.use_packed(tensors)
-
-    def use_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Adopt the packed weights. Raises ValueError where one has not the layout's shape."""
-        for name in self.packed_layout():
-            setattr(self, name, tensors[name])
+    def compute_with(self, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Build the native layer on these tensors."""
         self._layer = _native.Linear(
-            self.packed,
-            self.scale,
+            parts["packed"],
+            parts["scale"],
             format=self.weight_format,
             in_features=self.in_features,
             out_features=self.out_features,
             threads=self.threads,
+            chunk_tokens=self.chunk_tokens,
+            numa=self.placement.mode,
+            nodes=self.placement.nodes,
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped

@@ -440,7 +440,7 @@ def test_a_loaded_module_has_nothing_to_compare(cache: Path) -> None:
 
 
 def test_an_unknown_mode_is_refused(model: Path) -> None:
-    with pytest.raises(ValueError, match="cache_mode 'mmap': expected map or copy"):
+    with pytest.raises(ValueError, match="cache_mode 'mmap': expected auto, map or copy"):
         optimize_and_load(model, rules(), cache_mode="mmap")  # type: ignore[arg-type]
 
 

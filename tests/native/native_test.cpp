@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "experts/experts.h"
+#include "numa_memory.h"
 #include "thread_pool.h"
 #include "topology.h"
 #include "weights/pack.h"
@@ -38,8 +39,8 @@ struct layer {
             experts,
             d,
             f,
-            {gate_up.data(), gate_up_scale.data()},
-            {down.data(), down_scale.data()}};
+            kt::in_one_part({gate_up.data(), gate_up_scale.data()}, kt::padded_n(f)),
+            kt::in_one_part({down.data(), down_scale.data()}, kt::padded_n(d))};
   }
 };
 
@@ -88,8 +89,9 @@ request make_request(std::mt19937& random, const layer& of, int64_t tokens, int6
   return made;
 }
 
-std::vector<float> forward(const layer& on, const request& of, isa level, int threads) {
-  std::vector<float> out(static_cast<size_t>(of.tokens * on.d), -1.0f);
+std::vector<float> forward(const kt::experts_weights& on, const request& of, isa level,
+                           int threads) {
+  std::vector<float> out(static_cast<size_t>(of.tokens * on.hidden_size), -1.0f);
   const kt::experts_input input{{of.tokens, of.top_k, of.index.data(), kt::index_type::int64,
                                  of.weight.data(), kt::float_type::fp32},
                                 of.x.data(),
@@ -99,9 +101,50 @@ std::vector<float> forward(const layer& on, const request& of, isa level, int th
   const kt::kernel_table kernels = kt::select_kernels(level);
   for (int64_t begin = 0; begin < of.tokens; begin += step) {
     const int64_t count = of.tokens - begin < step ? of.tokens - begin : step;
-    kt::experts_forward(kernels, on.weights(), input, begin, count, threads);
+    kt::experts_forward(kernels, on, input, begin, count, threads);
   }
   return out;
+}
+
+std::vector<float> forward(const layer& on, const request& of, isa level, int threads) {
+  return forward(on.weights(), of, level, threads);
+}
+
+using memories = std::vector<std::vector<char>>;
+
+// Copies what parts hold of `matrices` matrices with outputs of `size` bytes, padded to `outputs`.
+memories cut(const std::vector<kt::numa_part>& plan, const std::vector<char>& whole,
+             int64_t matrices, int64_t outputs, int64_t size) {
+  memories parts;
+  for (const kt::numa_part& part : plan) {
+    std::vector<char> memory;
+    for (int64_t matrix = 0; matrix < matrices; ++matrix) {
+      const auto first = whole.begin() + (matrix * outputs + part.first_output) * size;
+      memory.insert(memory.end(), first, first + part.outputs * size);
+    }
+    parts.push_back(memory);
+  }
+  return parts;
+}
+
+// A weight of matrices with n outputs and k inputs on nodes; its parts are appended to `memory`.
+kt::placed_weight place(kt::numa_mode mode, const std::vector<int>& nodes, kt::weight_format format,
+                        const std::vector<char>& packed, const std::vector<char>& scale,
+                        int64_t matrices, int64_t n, int64_t k, std::vector<memories>* memory) {
+  const int64_t outputs = kt::padded_n(n), panel = kt::numa_panel_outputs;
+  const std::vector<kt::numa_part> plan = kt::plan_numa(mode, nodes, {matrices, outputs, 1});
+  const int64_t bytes = kt::packed_bytes(format, panel, k) / panel;
+  const int64_t scale_bytes = kt::scale_count(format, panel, k) * kt::scale_size(format) / panel;
+  memory->push_back(cut(plan, packed, matrices, outputs, bytes));
+  memory->push_back(cut(plan, scale, matrices, outputs, scale_bytes));
+  kt::placed_weight weight{{}, mode == kt::numa_mode::replicate};
+  for (size_t i = 0; i < plan.size(); ++i) {
+    const char* const at = (*memory)[memory->size() - 2][i].data();
+    const char* const scale_at = memory->back()[i].data();
+    weight.parts.push_back(
+        {plan[i].nodes.front(), plan[i].first_output, plan[i].outputs, {at, scale_at}});
+  }
+  return weight;
 }
 
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
@@ -175,6 +218,71 @@ void test_concurrent_callers(std::mt19937& random) {
   expect(wrong == 0, "concurrent callers");
 }
 
+// A layer in parts on nodes, real and not, gives the bits of one in one part.
+void test_parts(std::mt19937& random, kt::weight_format format) {
+  const layer made = make_layer(random, format, 5, 200, 100);
+  for (int64_t tokens : {1, 40}) {
+    const request asked = make_request(random, made, tokens, 3);
+    const std::vector<float> expected = forward(made, asked, usable().back(), 1);
+    for (kt::numa_mode mode : {kt::numa_mode::shard, kt::numa_mode::replicate}) {
+      for (const std::vector<int>& nodes : {std::vector{0}, {7, 0}, {3, 4, 5}, {0, 1, 2, 3, 4}}) {
+        std::vector<memories> memory;
+        kt::experts_weights placed = made.weights();
+        placed.gate_up = place(mode, nodes, format, made.gate_up, made.gate_up_scale,
+                               2 * made.experts, made.f, made.d, &memory);
+        placed.down = place(mode, nodes, format, made.down, made.down_scale, made.experts, made.d,
+                            made.f, &memory);
+        for (int threads : {1, 2, 4}) {
+          expect(same_bits(forward(placed, asked, usable().back(), threads), expected), "parts");
+        }
+      }
+    }
+  }
+}
+
+// A worker takes the tasks of its node's group while there are any, and every task runs once.
+void test_groups_are_taken_by_their_nodes_first() {
+  constexpr int64_t tasks = 500;
+  struct shared {
+    std::vector<kt::task_group> groups{{kt::max_numa_nodes, tasks}, {kt::max_numa_nodes + 1, 0}};
+    std::atomic<int64_t> begun[kt::max_task_groups];
+    std::atomic<int> runs[kt::max_task_groups * tasks];
+    int threads, real_nodes = 0;
+    std::atomic<int> strangers{0};
+  };
+  const auto run = [](void* context, int64_t task, int worker) {
+    shared* all = static_cast<shared*>(context);
+    ++all->runs[task];
+    int64_t group = task < tasks ? 0 : 1 + task / tasks;
+    ++all->begun[group];
+    // The calling thread may have moved to another node since it asked.
+    if (worker == 0 && all->real_nodes > 1) return;
+    for (size_t own = 2; own < all->groups.size(); ++own) {
+      if (all->groups[own].node != kt::worker_node(worker) || own == static_cast<size_t>(group)) {
+        continue;
+      }
+      // Those that others have claimed may not have begun.
+      if (all->begun[own] < tasks - (all->threads - 1)) ++all->strangers;
+    }
+  };
+  for (int threads : {2, 4}) {
+    shared all;
+    all.threads = threads;
+    for (int node : kt::numa_nodes(kt::read_topology(), kt::numa_mode::shard)) {
+      all.groups.push_back({node, tasks});
+      ++all.real_nodes;
+    }
+    for (auto& count : all.begun) count = 0;
+    for (auto& count : all.runs) count = 0;
+    const int64_t total = tasks * (1 + all.real_nodes);
+    const kt::phase phases[] = {
+        {total, run, &all, all.groups.data(), static_cast<int>(all.groups.size())}};
+    kt::run_phases(phases, 1, threads);
+    for (int64_t task = 0; task < total; ++task) expect(all.runs[task] == 1, "a task of a group");
+    expect(all.strangers == 0, "a worker's own group comes first");
+  }
+}
+
 // Each task of a phase runs once, and sees all of the phase before.
 void test_phases_are_ordered() {
   struct counters {
@@ -239,9 +347,11 @@ int main() {
   std::mt19937 random(1);
   test_workers_know_their_node();
   test_phases_are_ordered();
+  test_groups_are_taken_by_their_nodes_first();
   for (kt::weight_format format : kt::weight_formats()) {
     test_every_isa_and_thread_count(random, format);
     test_more_than_one_chunk(random, format);
+    test_parts(random, format);
   }
   test_concurrent_callers(random);
 #if !defined(__SANITIZE_THREAD__)

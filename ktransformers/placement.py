@@ -1,0 +1,241 @@
+"""Where packed weights lie on a machine with several NUMA nodes, and operators that place theirs.
+
+`interleave` deals the pages of a weight to the nodes in turn. `shard` gives each node a slice of
+the outputs of every matrix, which its cores compute first; nothing is there twice. `replicate`
+gives each node a copy. What a part holds is planned in `csrc/numa_memory.h`; outputs are the same
+bits in every mode. On one node a weight is one part, whatever the mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from ktransformers import _native
+from ktransformers.base import Checkpoint, PackedOperator
+from ktransformers.checkpoint import read_checked
+
+PANEL = 32  # outputs that lie together in every packed layout
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How weights are spread, and over which nodes."""
+
+    mode: str  # interleave, shard or replicate
+    nodes: tuple[int, ...]
+    unbound: str | None = None  # why memory is not bound to the nodes, if it is not
+    bind: Callable[[int, int, list[int]], object] | None = None  # the kernel's, or a pretended one
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether weights lie in several parts, one for each node."""
+        return self.mode != "interleave" and len(self.nodes) > 1
+
+    @property
+    def copies(self) -> int:
+        """How often each weight is there."""
+        return len(self.nodes) if self.mode == "replicate" else 1
+
+    def allocate(self, part: _native.NumaPart) -> torch.Tensor:
+        """Return zeros for a part, flat uint8. Raises OSError where the kernel refuses to bind."""
+        bind = self.bind if self.unbound is None else lambda *_: None
+        return from_dlpack(part.allocate(bind=bind))
+
+    def __str__(self) -> str:
+        nodes = ", ".join(map(str, self.nodes))
+        return f"{self.mode} over node{'s' if len(self.nodes) > 1 else ''} {nodes}"
+
+
+ANYWHERE = Placement("interleave", (0,), unbound="a cache knows no nodes")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrices:
+    """A packed tensor: so many matrices of one shape, back to back."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    matrices: int
+    n: int  # outputs of each
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of each matrix, as padded."""
+        return -(-self.n // PANEL) * PANEL
+
+    @property
+    def per_output(self) -> int:
+        """Elements of one output."""
+        return torch.Size(self.shape).numel() // (self.matrices * self.outputs)
+
+    def plan(self, placement: Placement) -> list[_native.NumaPart]:
+        """Return the parts that a placement cuts the tensor into."""
+        return _native.numa_plan(
+            placement.mode,
+            matrices=self.matrices,
+            outputs=self.outputs,
+            output_bytes=max(self.per_output * self.dtype.itemsize, 1),  # bf16 has no scales
+            nodes=placement.nodes,
+        )
+
+    def part_shape(self, part: _native.NumaPart) -> tuple[int, ...]:
+        """Return the shape of a part's tensor: the last dimension is what is cut."""
+        return (*self.shape[:-1], self.shape[-1] // self.outputs * part.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedTensor:
+    """Memory for a packed tensor: the whole of it, or what lies on each node."""
+
+    of: PackedMatrices
+    parts: tuple[torch.Tensor, ...]
+    outputs: tuple[range, ...]  # of every matrix, that each part holds
+
+    @classmethod
+    def allocate(cls, of: PackedMatrices, placement: Placement) -> PlacedTensor:
+        """Return zeros where a placement wants them."""
+        plan = of.plan(placement)
+        parts = tuple(
+            placement.allocate(part).view(of.dtype).view(of.part_shape(part))
+            if of.per_output
+            else torch.empty(of.part_shape(part), dtype=of.dtype)
+            for part in plan
+        )
+        outputs = tuple(range(p.first_output, p.first_output + p.outputs) for p in plan)
+        return cls(of, parts, outputs)
+
+    @classmethod
+    def whole(cls, of: PackedMatrices, tensor: torch.Tensor) -> PlacedTensor:
+        """Take a tensor that lies anywhere."""
+        return cls(of, (tensor,), (range(of.outputs),))
+
+    @contextmanager
+    def matrix(self, index: int) -> Iterator[torch.Tensor]:
+        """Yield a matrix to be written whole, flat; what was written is then where it belongs."""
+        if len(self.parts) == 1:
+            yield self._rows(0)[index].view(-1)
+            return
+        written = torch.empty(self.of.outputs, self.of.per_output, dtype=self.of.dtype)
+        yield written.view(-1)
+        for part, outputs in enumerate(self.outputs):
+            self._rows(part)[index].copy_(written[outputs.start : outputs.stop])
+
+    def _rows(self, part: int) -> torch.Tensor:
+        rows = len(self.outputs[part])
+        return self.parts[part].view(self.of.matrices, rows, self.of.per_output)
+
+    def ranges(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield memory, flat uint8, and which byte of the whole tensor is its first."""
+        size = self.of.per_output * self.of.dtype.itemsize
+        for index, outputs in enumerate(self.outputs):
+            flat = self.parts[index].view(-1).view(torch.uint8)
+            if len(outputs) == self.of.outputs:
+                yield 0, flat
+                continue
+            for matrix, rows in enumerate(flat.view(self.of.matrices, len(outputs) * size)):
+                yield (matrix * self.of.outputs + outputs.start) * size, rows
+
+
+class PlacedOperator(PackedOperator):
+    """An operator whose packed weights are matrices, and lie where a `Placement` says.
+
+    In several parts a tensor of the layout is as many buffers, named after their nodes.
+    """
+
+    weight_format: str
+    placement: Placement
+    is_bound = False  # to the placement's nodes; a mapped file is not
+
+    def packed_matrices(self) -> Mapping[str, PackedMatrices]:
+        """Name the packed tensors, as `packed_layout` does."""
+        raise NotImplementedError(f"{type(self).__name__} does not define packed_matrices")
+
+    def pack_into(self, memory: Mapping[str, PlacedTensor], checkpoint: Checkpoint) -> None:
+        """Read, quantise and pack one matrix at a time. Raises as `load_weights` does."""
+        raise NotImplementedError(f"{type(self).__name__} does not define pack_into")
+
+    def compute_with(self, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Compute with these tensors, as many for each name as there are parts, from now on."""
+        raise NotImplementedError(f"{type(self).__name__} does not define compute_with")
+
+    def packed_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name the packed tensors; nothing here depends on the placement."""
+        return {name: (of.shape, of.dtype) for name, of in self.packed_matrices().items()}
+
+    def packed_bytes(self) -> int:
+        """Return the bytes of all packed weights, copies included."""
+        return super().packed_bytes() * self.placement.copies
+
+    def buffer_names(self, tensor: str) -> list[str]:
+        """Name the buffers that hold a tensor of the layout, one for each part."""
+        if not self.placement.in_parts:
+            return [tensor]
+        return [f"{tensor}_node{node}" for node in self.placement.nodes]
+
+    def place(self, placement: Placement) -> None:
+        """Say where the weights are to lie, and register their buffers, on the meta device."""
+        for name in dict(self.named_buffers(recurse=False)):
+            delattr(self, name)
+        self.placement = placement
+        for tensor, of in self.packed_matrices().items():
+            for name, part in zip(self.buffer_names(tensor), of.plan(placement), strict=True):
+                meta = torch.empty(of.part_shape(part), dtype=of.dtype, device="meta")
+                self.register_buffer(name, meta, persistent=False)
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Read, quantise and pack one matrix at a time.
+
+        Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity.
+        """
+        memory = self.placed_memory()
+        self.pack_into(memory, checkpoint)
+        self.use_placed(memory)
+
+    def placed_memory(self) -> dict[str, PlacedTensor]:
+        """Return memory for all packed tensors, bound to the placement's nodes."""
+        return {
+            name: PlacedTensor.allocate(of, self.placement)
+            for name, of in self.packed_matrices().items()
+        }
+
+    def use_placed(self, memory: Mapping[str, PlacedTensor]) -> None:
+        """Compute with what `placed_memory` returned, now that it is filled."""
+        self._adopt(memory)
+        self.is_bound = True
+
+    def use_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Compute with whole tensors; for an operator whose weights are one part.
+
+        Raises ValueError where one has not the layout's shape.
+        """
+        assert not self.placement.in_parts
+        matrices = self.packed_matrices()
+        self._adopt({name: PlacedTensor.whole(matrices[name], tensors[name]) for name in matrices})
+
+    def _adopt(self, memory: Mapping[str, PlacedTensor]) -> None:
+        for tensor, placed in memory.items():
+            for name, part in zip(self.buffer_names(tensor), placed.parts, strict=True):
+                setattr(self, name, part)
+        self.compute_with({name: placed.parts for name, placed in memory.items()})
+
+    def pack_matrix(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        shape: tuple[int, int],
+        packed: PlacedTensor,
+        scale: PlacedTensor,
+        index: int,
+    ) -> None:
+        """Read a matrix of the checkpoint and pack it as the `index`th of two tensors."""
+        weight = read_checked(checkpoint, name, shape)
+        try:
+            with packed.matrix(index) as bytes_of_it, scale.matrix(index) as scale_of_it:
+                _native.pack(weight, bytes_of_it, scale_of_it, self.weight_format)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.infos()[name].file}: {name}: {error}") from None
