@@ -6,15 +6,17 @@
 #include <cassert>
 #include <cfenv>
 #include <chrono>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include "blocked_signals.h"
 #include "topology.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
-#include <signal.h>
 #endif
 #if defined(__linux__)
 #include <sched.h>
@@ -132,6 +134,9 @@ class thread_pool {
       wait_while_equal(gate_, inside);
       inside = gate_.load(std::memory_order_acquire);
     }
+    if (failed_.exchange(false, std::memory_order_relaxed)) {
+      std::rethrow_exception(std::exchange(error_, nullptr));
+    }
   }
 
   int workers() const { return workers_.load(std::memory_order_relaxed); }
@@ -150,17 +155,7 @@ class thread_pool {
     if (machine.cores == first_cores_) places = place_threads(machine, wanted + 1, here().cpu);
     for (int have = workers(); have < wanted; ++have) {
       const uint32_t epoch = epoch_.load(std::memory_order_relaxed);
-#if defined(__unix__) || defined(__APPLE__)
-      sigset_t all, before;
-      sigfillset(&all);
-      // A fault in a worker is its own: blocked, it would end the process before any handler ran.
-      for (int fault : {SIGILL, SIGSEGV, SIGBUS, SIGFPE, SIGTRAP, SIGSYS}) sigdelset(&all, fault);
-      pthread_sigmask(SIG_SETMASK, &all, &before);
-      struct restore {
-        sigset_t* mask;
-        ~restore() { pthread_sigmask(SIG_SETMASK, mask, nullptr); }
-      } restore_mask{&before};
-#endif
+      const blocked_signals in_worker;
       std::thread worker([this, have, epoch] { work(have + 1, epoch); });
       if (!places.empty() && hold(worker, places[static_cast<size_t>(have) + 1].cpus)) {
         nodes_[have + 1].store(places[static_cast<size_t>(have) + 1].node,
@@ -195,7 +190,17 @@ class thread_pool {
     if (!(now & gate_open)) gate_.notify_all();
   }
 
-  // Claims tasks phase by phase; returns when the last phase has no task left to claim.
+  // Keeps the first exception of a job, for its caller.
+  void run_task(const phase& current, int64_t task, int worker) noexcept {
+    try {
+      current.run(current.context, task, worker);
+    } catch (...) {
+      if (!failed_.exchange(true, std::memory_order_relaxed)) error_ = std::current_exception();
+    }
+  }
+
+  // Claims tasks phase by phase; returns when the last phase has no task left to claim. After a
+  // failure tasks are claimed and not run: that way the job ends as any other does.
   void take_part(int worker) {
     for (int p = 0; p < count_; ++p) {
       if (p > 0) wait_while_equal(states_[p - 1].finished, 0);
@@ -203,7 +208,7 @@ class thread_pool {
       phase_state& state = states_[p];
       int64_t task;
       while ((task = state.next.fetch_add(1, std::memory_order_relaxed)) < current.tasks) {
-        current.run(current.context, task, worker);
+        if (!failed_.load(std::memory_order_relaxed)) run_task(current, task, worker);
         if (state.done.fetch_add(1, std::memory_order_acq_rel) + 1 == current.tasks) {
           state.finished.store(1, std::memory_order_release);
           state.finished.notify_all();
@@ -223,6 +228,8 @@ class thread_pool {
   int count_ = 0;
   int threads_ = 0;
   phase_state states_[max_phases];
+  alignas(64) std::atomic<bool> failed_{false};
+  std::exception_ptr error_;  // of who set failed_; read when everybody has left
 };
 
 // Never destroyed: its threads may outlive every static object at exit.
