@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-
-import torch
+from typing import TYPE_CHECKING
 
 from ktransformers import _native
-from ktransformers.base import Site
+
+if TYPE_CHECKING:
+    import torch
+
+    from ktransformers.base import Site
 
 MAX_THREADS = 1024  # of the native pool
 GROUP_SIZES = (32, 64, 128)
@@ -38,6 +41,8 @@ def _cores(affinity: frozenset[int] | None) -> int:
 
 def check_site(site: Site) -> None:
     """Refuse another device than the CPU, and activations that kernels do not take."""
+    import torch  # engine.py works without it
+
     if site.device.type != "cpu":
         raise ValueError(f"computes on the CPU, but stands on {site.device}")
     if site.dtype not in (torch.bfloat16, torch.float32):
@@ -46,6 +51,8 @@ def check_site(site: Site) -> None:
 
 def scale_dtype(name: str) -> torch.dtype:
     """Return the dtype of a native format's scales."""
+    import torch  # engine.py works without it
+
     return torch.bfloat16 if name.startswith("int4") else torch.float32
 
 
