@@ -1,4 +1,4 @@
-// The Python binding: checks, messages and the GIL. With module_numa.*, released_gil.* and
+// The Python binding: checks, messages and the GIL. With module_*.*, released_gil.* and
 // tensor_view.* the only code that knows Python. Signatures and their documentation are in
 // ktransformers/_native.pyi.
 #include <nanobind/nanobind.h>
@@ -17,6 +17,7 @@
 #include "bench/read_bandwidth.h"
 #include "binding.h"
 #include "kernels.h"
+#include "module_engine.h"
 #include "module_layers.h"
 #include "module_numa.h"
 #include "released_gil.h"
@@ -243,7 +244,6 @@ std::pair<double, std::string> bench_peak(const std::string& name, std::optional
 
 NB_MODULE(_native, m) {
   using namespace kt;
-  park_threads_at_exit();
   m.def("isa", [] { return std::string(isa_name(chosen_isa({}))); });
   m.def("isas", &isas);
   m.def("kernels", &kernels);
@@ -287,4 +287,6 @@ NB_MODULE(_native, m) {
   m.def("bench_peak", &bench_peak, "format"_a, "threads"_a = nb::none(), "seconds"_a = 0.2,
         nb::kw_only(), "isa"_a = nb::none());
   bind_layers(m);
+  bind_engine(m);
+  park_threads_at_exit();  // after bind_engine: exit handlers run in reverse
 }

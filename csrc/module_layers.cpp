@@ -195,36 +195,52 @@ class experts : public packed_layer {
     weights_ = {format, count, d, f, std::move(gates_and_ups), std::move(downs)};
   }
 
-  void forward(nb::handle hidden_states, nb::handle top_k_index, nb::handle top_k_weights,
-               nb::handle out) const {
+  experts_input view(nb::handle hidden_states, nb::handle top_k_index, nb::handle top_k_weights,
+                     nb::handle out) const {
     const tensor_view x =
         view_tensor(hidden_states, "hidden_states", {element::bf16, element::fp32},
-                    {any_size, weights_.hidden_size});
+                    {any_size, weights_.hidden_size}, access::read);
     const int64_t tokens = x.shape[0];
-    const tensor_view index = view_tensor(top_k_index, "top_k_index",
-                                          {element::int64, element::int32}, {tokens, any_size});
+    const tensor_view index =
+        view_tensor(top_k_index, "top_k_index", {element::int64, element::int32},
+                    {tokens, any_size}, access::read);
     const int64_t top_k = index.shape[1];
     const tensor_view weight =
         view_tensor(top_k_weights, "top_k_weights", {element::fp32, element::bf16, element::fp16},
-                    {tokens, top_k});
+                    {tokens, top_k}, access::read);
     const tensor_view y = view_tensor(out, "out", {x.type}, {tokens, weights_.hidden_size});
-    const experts_input input{{tokens, top_k, index.data,
-                               index.type == element::int64 ? index_type::int64 : index_type::int32,
-                               weight.data, as_float_type(weight.type)},
-                              x.data,
-                              y.data,
-                              as_float_type(x.type)};
-    const int64_t bad = first_bad_index(input.routed, weights_.num_experts);
-    if (bad >= 0) {
-      value_error("top_k_index: token " + std::to_string(bad / top_k) + ", slot " +
-                  std::to_string(bad % top_k) + " names expert " +
-                  std::to_string(expert_at(input.routed, bad)) + ", expected 0 to " +
-                  std::to_string(weights_.num_experts - 1) + ", or " +
-                  std::to_string(weights_.num_experts) + " to skip the slot");
-    }
-    in_chunks(tokens, max_chunk_tokens(top_k, chunk_tokens()), [&](int64_t begin, int64_t count) {
-      experts_forward(kernels(), weights_, input, begin, count, threads());
-    });
+    return {{tokens, top_k, index.data,
+             index.type == element::int64 ? index_type::int64 : index_type::int32, weight.data,
+             as_float_type(weight.type)},
+            x.data,
+            y.data,
+            as_float_type(x.type)};
+  }
+
+  void check(const routing_input& routed) const {
+    const int64_t bad = first_bad_index(routed, weights_.num_experts);
+    if (bad < 0) return;
+    value_error("top_k_index: token " + std::to_string(bad / routed.top_k) + ", slot " +
+                std::to_string(bad % routed.top_k) + " names expert " +
+                std::to_string(expert_at(routed, bad)) + ", expected 0 to " +
+                std::to_string(weights_.num_experts - 1) + ", or " +
+                std::to_string(weights_.num_experts) + " to skip the slot");
+  }
+
+  int64_t step(const routing_input& routed) const {
+    return max_chunk_tokens(routed.top_k, chunk_tokens());
+  }
+
+  void compute(const experts_input& input, int64_t begin, int64_t count) const {
+    experts_forward(kernels(), weights_, input, begin, count, threads());
+  }
+
+  void forward(nb::handle hidden_states, nb::handle top_k_index, nb::handle top_k_weights,
+               nb::handle out) const {
+    const experts_input input = view(hidden_states, top_k_index, top_k_weights, out);
+    check(input.routed);
+    in_chunks(input.routed.tokens, step(input.routed),
+              [&](int64_t begin, int64_t count) { compute(input, begin, count); });
   }
 
   int64_t num_experts() const { return weights_.num_experts; }
@@ -299,7 +315,26 @@ PyType_Slot layer_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse_l
                              {Py_tp_clear, reinterpret_cast<void*>(clear_layer<layer>)},
                              {0, nullptr}};
 
+const experts* layer_of(const experts_call& call) {
+  return static_cast<const experts*>(call.layer);
+}
+
 }  // namespace
+
+bool is_experts(nb::handle object) { return nb::isinstance<experts>(object); }
+
+experts_call view_experts_call(nb::handle layer, nb::handle hidden_states, nb::handle top_k_index,
+                               nb::handle top_k_weights, nb::handle out) {
+  const experts* of = nb::cast<const experts*>(layer);
+  const experts_input input = of->view(hidden_states, top_k_index, top_k_weights, out);
+  return {of, input, of->step(input.routed)};
+}
+
+void check_indices(const experts_call& call) { layer_of(call)->check(call.input.routed); }
+
+void compute(const experts_call& call, int64_t begin, int64_t count) {
+  layer_of(call)->compute(call.input, begin, count);
+}
 
 void bind_layers(nb::module_& m) {
   m.def("scratch_bytes", &scratch_bytes);

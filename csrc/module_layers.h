@@ -3,8 +3,30 @@
 
 #include <nanobind/nanobind.h>
 
+#include <cstdint>
+
+#include "experts/experts.h"
+
 namespace kt {
 
 void bind_layers(nanobind::module_& m);
+
+// A call of the class Experts, checked but for its indices; layer and tensors must outlive it.
+struct experts_call {
+  const void* layer;
+  experts_input input;
+  int64_t step;  // tokens to compute at a time
+};
+
+bool is_experts(nanobind::handle object);
+
+// Raises TypeError or ValueError, as Experts.forward does.
+experts_call view_experts_call(nanobind::handle layer, nanobind::handle hidden_states,
+                               nanobind::handle top_k_index, nanobind::handle top_k_weights,
+                               nanobind::handle out);
+
+// Neither needs the GIL. The first throws what Python will see as ValueError.
+void check_indices(const experts_call& call);
+void compute(const experts_call& call, int64_t begin, int64_t count);
 
 }  // namespace kt

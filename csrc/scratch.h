@@ -18,6 +18,7 @@ class buffer {
   element* reserve(int64_t count) {
     if (count > capacity_) {
       data_.reset();
+      capacity_ = 0;  // should there be no memory
       data_.reset(new element[static_cast<size_t>(count)]);
       capacity_ = count;
     }

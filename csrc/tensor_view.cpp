@@ -123,17 +123,22 @@ const exchange_api* exchange_api_of(PyTypeObject* type) {
 }  // namespace
 
 tensor_view view_tensor(nb::handle object, const char* name, std::initializer_list<element> types,
-                        std::initializer_list<int64_t> shape) {
+                        std::initializer_list<int64_t> shape, access wanted) {
   if (const exchange_api* api = exchange_api_of(Py_TYPE(object.ptr()))) {
     nb::dlpack::dltensor tensor{};
     if (api->dltensor_from_py_object_no_sync(object.ptr(), &tensor) != 0) nb::raise_python_error();
     return checked(tensor, name, types, shape);
   }
-  nb::ndarray<> array;
+  nb::ndarray<nb::ro> array;
   if (!nb::try_cast(object, array)) {
     throw nb::type_error((std::string(name) + ": expected a tensor, got " +
                           nb::cast<std::string>(object.type().attr("__name__")))
                              .c_str());
+  }
+  nb::ndarray<> writable;
+  if (wanted == access::write && !nb::try_cast(object, writable)) {
+    throw nb::value_error(
+        (std::string(name) + ": expected a tensor that is not read-only").c_str());
   }
   nb::dlpack::dltensor tensor{};
   int64_t sizes[4], strides[4];
@@ -143,7 +148,7 @@ tensor_view view_tensor(nb::handle object, const char* name, std::initializer_li
     sizes[i] = static_cast<int64_t>(array.shape(i));
     strides[i] = array.stride(i);
   }
-  tensor.data = array.data();
+  tensor.data = const_cast<void*>(static_cast<const void*>(array.data()));
   tensor.device = {array.device_type(), array.device_id()};
   tensor.dtype = array.dtype();
   tensor.shape = sizes;

@@ -23,10 +23,14 @@ struct tensor_view {
   int64_t shape[4];
 };
 
+// Whether an array that is read-only, as a mapped file's may be, will do.
+enum class access : uint8_t { read, write };
+
 // Views a contiguous CPU tensor with one of the given types and with that shape (any_size matches
 // every size). Raises TypeError or ValueError, naming `name`, what was found and what was expected.
 tensor_view view_tensor(nanobind::handle object, const char* name,
-                        std::initializer_list<element> types, std::initializer_list<int64_t> shape);
+                        std::initializer_list<element> types, std::initializer_list<int64_t> shape,
+                        access wanted = access::write);
 
 float_type as_float_type(element type);
 

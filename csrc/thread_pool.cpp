@@ -6,15 +6,17 @@
 #include <cassert>
 #include <cfenv>
 #include <chrono>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include "blocked_signals.h"
 #include "topology.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
-#include <signal.h>
 #endif
 #if defined(__linux__)
 #include <sched.h>
@@ -137,6 +139,9 @@ class thread_pool {
       wait_while_equal(gate_, inside);
       inside = gate_.load(std::memory_order_acquire);
     }
+    if (failed_.exchange(false, std::memory_order_relaxed)) {
+      std::rethrow_exception(std::exchange(error_, nullptr));
+    }
   }
 
   int workers() const { return workers_.load(std::memory_order_relaxed); }
@@ -157,17 +162,7 @@ class thread_pool {
     if (machine.cores == first_cores_) places = place_threads(machine, wanted + 1, here().cpu);
     for (int have = workers(); have < wanted; ++have) {
       const uint32_t epoch = epoch_.load(std::memory_order_relaxed);
-#if defined(__unix__) || defined(__APPLE__)
-      sigset_t all, before;
-      sigfillset(&all);
-      // A fault in a worker is its own: blocked, it would end the process before any handler ran.
-      for (int fault : {SIGILL, SIGSEGV, SIGBUS, SIGFPE, SIGTRAP, SIGSYS}) sigdelset(&all, fault);
-      pthread_sigmask(SIG_SETMASK, &all, &before);
-      struct restore {
-        sigset_t* mask;
-        ~restore() { pthread_sigmask(SIG_SETMASK, mask, nullptr); }
-      } restore_mask{&before};
-#endif
+      const blocked_signals in_worker;
       std::thread worker([this, have, epoch] { work(have + 1, epoch); });
       if (!places.empty() && hold(worker, places[static_cast<size_t>(have) + 1].cpus)) {
         nodes_[have + 1].store(places[static_cast<size_t>(have) + 1].node,
@@ -202,7 +197,17 @@ class thread_pool {
     if (!(now & gate_open)) gate_.notify_all();
   }
 
-  // Claims tasks phase by phase; returns when the last phase has no task left to claim.
+  // Keeps the first exception of a job, for its caller.
+  void run_task(const phase& current, int64_t task, int worker) noexcept {
+    try {
+      current.run(current.context, task, worker);
+    } catch (...) {
+      if (!failed_.exchange(true, std::memory_order_relaxed)) error_ = std::current_exception();
+    }
+  }
+
+  // Claims tasks phase by phase; returns when the last phase has no task left to claim. After a
+  // failure tasks are claimed and not run: that way the job ends as any other does.
   void take_part(int worker) {
     for (int p = 0; p < count_; ++p) {
       if (p > 0) wait_while_equal(states_[p - 1].finished, 0);
@@ -233,11 +238,11 @@ class thread_pool {
     return worker % of.group_count;
   }
 
-  static void claim(const phase& of, phase_state* state, int range, int worker) {
+  void claim(const phase& of, phase_state* state, int range, int worker) {
     claim_range& tasks = state->ranges[range];
     int64_t task;
     while ((task = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.end) {
-      of.run(of.context, task, worker);
+      if (!failed_.load(std::memory_order_relaxed)) run_task(of, task, worker);
       if (state->done.fetch_add(1, std::memory_order_acq_rel) + 1 == of.tasks) {
         state->finished.store(1, std::memory_order_release);
         state->finished.notify_all();
@@ -256,6 +261,8 @@ class thread_pool {
   int count_ = 0;
   int threads_ = 0;
   phase_state states_[max_phases];
+  alignas(64) std::atomic<bool> failed_{false};
+  std::exception_ptr error_;  // of who set failed_; read when everybody has left
 };
 
 // Never destroyed: its threads may outlive every static object at exit.

@@ -42,8 +42,11 @@ struct phase {
 
 constexpr int max_threads = 1024;
 
-// Runs the phases on up to `threads` threads. With threads == 1 the pool is not touched. Throws
-// std::system_error, before any task has run, where the system refuses to start a thread.
+// Runs the phases on up to `threads` threads. With threads == 1 the pool is not touched.
+//
+// What a task throws reaches the caller: the first exception, once every thread has left the job.
+// Tasks that had not started by then never do. Throws std::system_error, before any task has run,
+// where the system refuses to start a thread.
 void run_phases(const phase* phases, int count, int threads);
 
 // The number of threads to use where nobody says otherwise: the physical cores that this process

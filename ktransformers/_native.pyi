@@ -12,6 +12,7 @@ compare. Both raise ValueError for one that this process cannot use.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -298,3 +299,62 @@ class Linear:
     def chunk_tokens(self) -> int: ...
     @property
     def isa(self) -> str: ...
+
+def pack_experts(
+    gate_proj: object,
+    up_proj: object,
+    down_proj: object,
+    format: str,
+    *,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Quantise and pack all experts of a layer into new memory: what `Experts` takes, by name.
+
+    `gate_proj` and `up_proj` `[E, F, D]`, `down_proj` `[E, D, F]`; bf16, fp16 or fp32. Raises
+    ValueError where a weight is not finite, MemoryError where there is no memory. Heard between
+    experts: Ctrl-C.
+    """
+
+class ExpertsHandle:
+    """A layer of experts for another engine: hand work in, go on, wait for it later.
+
+    `ktransformers.engine` states the contract.
+    """
+
+    def __init__(self, layer: Experts) -> None: ...
+    def submit(
+        self, hidden_states: object, top_k_index: object, top_k_weights: object, out: object
+    ) -> None:
+        """Hand in what `Experts.forward` computes, and wait for nothing.
+
+        Raises TypeError or ValueError for wrong types or shapes, RuntimeError after a fork; what
+        the computation itself finds, such as an index out of range, is raised by `sync`.
+        """
+
+    def sync(self) -> None:
+        """Wait until everything submitted so far has ended, and raise the first error of it.
+
+        Ctrl-C ends the wait within a twentieth of a second; the work goes on.
+        """
+
+    def host_function(
+        self, hidden_states: object, top_k_index: object, top_k_weights: object, out: object
+    ) -> HostFunction:
+        """Return the same `submit`, and `sync`, for a thread without Python to call."""
+
+    @property
+    def layer(self) -> Experts: ...
+
+class HostFunction:
+    """Addresses for C: `void (*submit)(void*)`, `void (*sync)(void*)`, and what to pass to them.
+
+    They take no GIL and throw nothing: errors wait for `ExpertsHandle.sync`. The caller keeps this
+    object as long as anything may call them; freed with work in flight, it drops that work.
+    """
+
+    @property
+    def submit(self) -> int: ...
+    @property
+    def sync(self) -> int: ...
+    @property
+    def arguments(self) -> int: ...

@@ -139,11 +139,20 @@ class PackedOperator(Operator):
             self.register_buffer(name, meta, persistent=False)
 
     def empty_packed(self) -> dict[str, torch.Tensor]:
-        """Return memory for the packed weights, uninitialised; for `load_weights`."""
-        return {
-            name: torch.empty(shape, dtype=dtype)
-            for name, (shape, dtype) in self.packed_layout().items()
-        }
+        """Return memory for the packed weights, uninitialised; for `load_weights`.
+
+        Raises MemoryError where there is none.
+        """
+        try:
+            return {
+                name: torch.empty(shape, dtype=dtype)
+                for name, (shape, dtype) in self.packed_layout().items()
+            }
+        except RuntimeError as error:  # torch has no class for it on the CPU
+            size = self.packed_bytes()
+            raise MemoryError(
+                self._refusal(f"no memory for {size:,} bytes of packed weights: {error}")
+            ) from error
 
     def packed_bytes(self) -> int:
         """Return the bytes of all packed weights; for `footprint`."""

@@ -1,4 +1,4 @@
-"""What operators on the CPU are asked: weight format, threads, memory, and where they stand.
+"""What operators on the CPU are asked: weight format, threads, scratch, and where they stand.
 
 Each function raises ValueError with the reason, for `from_module` to pass on.
 """
@@ -6,14 +6,15 @@ Each function raises ValueError with the reason, for `from_module` to pass on.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from functools import lru_cache
-
-import torch
+from typing import TYPE_CHECKING
 
 from ktransformers import _native
-from ktransformers.base import Site
-from ktransformers.placement import PANEL, Placement
+
+if TYPE_CHECKING:
+    import torch
+
+    from ktransformers.base import Site
 
 MAX_THREADS = 1024  # of the native pool
 MAX_CHUNK_TOKENS = 1 << 20  # of native layers
@@ -23,13 +24,14 @@ GROUP_SIZES = (32, 64, 128)
 def thread_count(threads: object) -> int:
     """Return how many threads to compute with; `auto` means every physical core it may run on."""
     if threads == "auto":
-        return _cores(_affinity())
+        return _cores(affinity())
     if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
         raise ValueError(f"threads {threads!r} is not 'auto' or a number from 1 to {MAX_THREADS}")
     return threads
 
 
-def _affinity() -> frozenset[int] | None:
+def affinity() -> frozenset[int] | None:
+    """Return the processors that this process may run on, where the system tells."""
     return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
@@ -39,37 +41,6 @@ def _cores(affinity: frozenset[int] | None) -> int:
     # the argument for, changes the answer.
     del affinity
     return _native.default_threads()
-
-
-def weight_placement(numa: object) -> Placement:
-    """Return where weights lie in a mode, or, without one, in that of the environment."""
-    if numa is not None and not isinstance(numa, str):
-        raise ValueError(f"numa {numa!r}: expected interleave, shard or replicate")
-    mode = _native.numa_mode(numa)
-    asked = numa is not None or mode != "interleave"
-    return try_binding(Placement(mode, _nodes(mode, _affinity())), asked=asked)
-
-
-@lru_cache(maxsize=3)
-def _nodes(mode: str, affinity: frozenset[int] | None) -> tuple[int, ...]:
-    del affinity  # as in _cores
-    return tuple(_native.topology().nodes(mode))
-
-
-def try_binding(placement: Placement, *, asked: bool) -> Placement:
-    """Bind a page on each node. Where the kernel refuses, that is an error if it was asked for."""
-    outputs = PANEL * len(placement.nodes)
-    plan = _native.numa_plan(
-        placement.mode, matrices=1, outputs=outputs, output_bytes=1, nodes=placement.nodes
-    )
-    try:
-        for part in plan:
-            placement.allocate(part)
-    except OSError as error:
-        if asked:
-            raise ValueError(f"numa {placement.mode}: {error.strerror}") from error
-        return replace(placement, unbound=error.strerror)
-    return placement
 
 
 def chunk_size(chunk_tokens: object) -> int | None:
@@ -83,6 +54,8 @@ def chunk_size(chunk_tokens: object) -> int | None:
 
 def check_site(site: Site) -> None:
     """Refuse another device than the CPU, and activations that kernels do not take."""
+    import torch  # engine.py works without it
+
     if site.device.type != "cpu":
         raise ValueError(f"computes on the CPU, but stands on {site.device}")
     if site.dtype not in (torch.bfloat16, torch.float32):
@@ -91,6 +64,8 @@ def check_site(site: Site) -> None:
 
 def scale_dtype(name: str) -> torch.dtype:
     """Return the dtype of a native format's scales."""
+    import torch  # engine.py works without it
+
     return torch.bfloat16 if name.startswith("int4") else torch.float32
 
 

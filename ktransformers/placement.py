@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -18,6 +19,7 @@ from torch.utils.dlpack import from_dlpack
 from ktransformers import _native
 from ktransformers.base import Checkpoint, PackedOperator
 from ktransformers.checkpoint import read_checked
+from ktransformers.cpu_options import affinity
 
 PANEL = 32  # outputs that lie together in every packed layout
 
@@ -49,6 +51,37 @@ class Placement:
     def __str__(self) -> str:
         nodes = ", ".join(map(str, self.nodes))
         return f"{self.mode} over node{'s' if len(self.nodes) > 1 else ''} {nodes}"
+
+
+def weight_placement(numa: object) -> Placement:
+    """Return where weights lie in a mode, or, without one, in that of the environment."""
+    if numa is not None and not isinstance(numa, str):
+        raise ValueError(f"numa {numa!r}: expected interleave, shard or replicate")
+    mode = _native.numa_mode(numa)
+    asked = numa is not None or mode != "interleave"
+    return try_binding(Placement(mode, _nodes(mode, affinity())), asked=asked)
+
+
+@lru_cache(maxsize=3)
+def _nodes(mode: str, affinity: frozenset[int] | None) -> tuple[int, ...]:
+    del affinity  # only another mask changes the answer
+    return tuple(_native.topology().nodes(mode))
+
+
+def try_binding(placement: Placement, *, asked: bool) -> Placement:
+    """Bind a page on each node. Where the kernel refuses, that is an error if it was asked for."""
+    outputs = PANEL * len(placement.nodes)
+    plan = _native.numa_plan(
+        placement.mode, matrices=1, outputs=outputs, output_bytes=1, nodes=placement.nodes
+    )
+    try:
+        for part in plan:
+            placement.allocate(part)
+    except OSError as error:
+        if asked:
+            raise ValueError(f"numa {placement.mode}: {error.strerror}") from error
+        return replace(placement, unbound=error.strerror)
+    return placement
 
 
 ANYWHERE = Placement("interleave", (0,), unbound="a cache knows no nodes")

@@ -27,9 +27,14 @@ from ktransformers.cpu_options import (
     scale_dtype,
     thread_count,
     weight_format,
+)
+from ktransformers.placement import (
+    PackedMatrices,
+    PlacedOperator,
+    PlacedTensor,
+    Placement,
     weight_placement,
 )
-from ktransformers.placement import PackedMatrices, PlacedOperator, PlacedTensor, Placement
 
 
 class CpuLinear(PlacedOperator):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,9 +48,15 @@ def test_the_python_of_the_readme_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    (source,) = blocks("README.md", "python")
-    exec(compile(source, "README.md", "exec"), {})  # what the page tells people to run
+    swaps, engine = blocks("README.md", "python")
+    exec(compile(swaps, "README.md", "exec"), {})  # what the page tells people to run
     assert "DeepseekV3Experts -> CpuExperts" in capsys.readouterr().out
+    names: dict[str, Any] = {}
+    exec(compile(engine, "README.md", "exec"), names)
+    expected = np.empty_like(names["out"])
+    arguments = [names[n] for n in ("hidden_states", "top_k_index", "top_k_weights")]
+    names["experts"].layer.forward(*arguments, expected)
+    assert np.array_equal(names["out"], expected)
 
 
 def test_the_rules_of_the_readme_reduce_experts_where_they_say(

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
@@ -305,6 +306,36 @@ void test_phases_are_ordered() {
   }
 }
 
+// Whatever throws, in the calling thread or a worker, in any phase: the caller gets the first
+// exception, nothing that has not begun does, and the pool works on.
+void test_exceptions_reach_the_caller() {
+  struct plan {
+    int64_t failing_phase;
+    int64_t failing_task;
+    std::atomic<int> behind{0};
+
+    void run(int64_t phase, int64_t task) {
+      if (phase > failing_phase) ++behind;
+      if (phase == failing_phase && task >= failing_task) throw std::bad_alloc();
+    }
+  };
+  for (int repeat = 0; repeat < 600; ++repeat) {
+    plan work{repeat % 4, repeat % 17};  // the phase after the last: nothing fails
+    const kt::phase phases[] = {
+        {17, [](void* c, int64_t task, int) { static_cast<plan*>(c)->run(0, task); }, &work},
+        {17, [](void* c, int64_t task, int) { static_cast<plan*>(c)->run(1, task); }, &work},
+        {17, [](void* c, int64_t task, int) { static_cast<plan*>(c)->run(2, task); }, &work}};
+    bool caught = false;
+    try {
+      kt::run_phases(phases, 3, 1 + repeat % 5);
+    } catch (const std::bad_alloc&) {
+      caught = true;
+    }
+    expect(caught == (repeat % 4 < 3), "an exception in a task reaches the caller");
+    expect(work.behind == 0, "no phase begins after a failure");
+  }
+}
+
 // Whether a worker is held to a node or runs anywhere, it is on one that exists.
 void test_workers_know_their_node() {
   struct seen_nodes {
@@ -348,6 +379,7 @@ int main() {
   test_workers_know_their_node();
   test_phases_are_ordered();
   test_groups_are_taken_by_their_nodes_first();
+  test_exceptions_reach_the_caller();
   for (kt::weight_format format : kt::weight_formats()) {
     test_every_isa_and_thread_count(random, format);
     test_more_than_one_chunk(random, format);
