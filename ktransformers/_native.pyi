@@ -110,8 +110,8 @@ def gemm(
 
     `a` `[*, k]` int8 in [-127, 127], with `a_scale` from `quantize_rows` and `a_sum` int32
     `[*, 1]` from there too, in int4 `[*, k / group_size]` from `sum_groups`; or, in the format
-    bf16, bf16 with neither. `out` fp32 `[m, n]`, k and n as padded; `rows` int32 `[m]` picks rows
-    of `a`.
+    bf16, bf16 with neither. `out` fp32 `[m, n]`, k and n as padded, in the format bf16 n to 16;
+    `rows` int32 `[m]` picks rows of `a`.
     """
 
 def silu_mul(gate: Tensor, up: Tensor, out: Tensor, *, isa: str | None = None) -> None:
