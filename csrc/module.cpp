@@ -18,6 +18,7 @@
 #include "binding.h"
 #include "kernels.h"
 #include "module_layers.h"
+#include "module_mla.h"
 #include "module_numa.h"
 #include "released_gil.h"
 #include "tensor_view.h"
@@ -290,4 +291,5 @@ NB_MODULE(_native, m) {
   m.def("bench_peak", &bench_peak, "format"_a, "threads"_a = nb::none(), "seconds"_a = 0.2,
         nb::kw_only(), "isa"_a = nb::none());
   bind_layers(m);
+  bind_mla(m);
 }
