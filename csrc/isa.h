@@ -24,11 +24,16 @@ enum class operation : uint8_t {
   weighted_add,
   round_rows,
   int4_quantize,
+  softmax_step,
+  rescale_add,
+  dequantise_rows,
+  pair_rows,
+  transpose_pairs,
   int8_peak,
   int4_peak,
   bf16_peak
 };
-constexpr int operation_count = 12;
+constexpr int operation_count = 17;
 
 // True where the processor has every instruction of the set and the operating system saves its
 // registers. Lives in a file of its own so that a test build can replace it.

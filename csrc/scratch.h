@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "experts/routing.h"
+#include "mla/absorbed_plan.h"
 #include "weights/rows.h"
 
 namespace kt {
@@ -55,6 +56,8 @@ struct scratch {
   row_scratch h_prepared;
   buffer<std::atomic<int64_t>> slices_left;
   buffer<float> tiles;
+  absorbed_plan absorbed;
+  buffer<char> attention;
 
   int64_t bytes() const;
 };
