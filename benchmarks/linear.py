@@ -1,7 +1,8 @@
 """Dense projections, as CpuLinear computes them, measured against this machine's own limits.
 
 A projection has copies enough that each call finds its weights in memory and not in a cache. What a
-share of the limit is says limits.py. The result is checked first, as tests do.
+share of the limit is says limits.py. The result is checked first, as tests do. With int8 weights
+oneDNN's product (peer_onednn.py) is measured in the same rounds, if asked for.
 
 Run: python benchmarks/linear.py --help         The last line is one JSON object.
 """
@@ -19,10 +20,12 @@ from ktransformers import _native
 from ktransformers.cpu_options import scale_dtype
 from limits import Meter, Work, measure, timed_calls
 from moe_layer import dequantised
+from peer_onednn import Product, quantised
 from results import HEADER, Report, Row, emit, limits_of, markdown, summary
 
 COPIES_BYTES = 256 << 20  # several times a last-level cache
 CHECKED_OUTPUTS = 256
+ONEDNN = "onednn"  # in place of an instruction set
 
 # Inputs and outputs.
 SHAPES = {
@@ -45,9 +48,10 @@ class Projection:
     weight_format: str
     packed: torch.Tensor
     scale: torch.Tensor
+    original: torch.Tensor
     build: Any  # the native module that packed it: the one installed, or another build
 
-    def native(self, copy: int, threads: int) -> _native.Linear:
+    def native(self, copy: int, threads: int, isa: str | None = None) -> _native.Linear:
         """Return the native layer that reads one copy."""
         layer: _native.Linear = self.build.Linear(
             self.packed[copy],
@@ -56,6 +60,7 @@ class Projection:
             in_features=self.in_features,
             out_features=self.out_features,
             threads=threads,
+            isa=isa,
         )
         return layer
 
@@ -76,7 +81,7 @@ def random_projection(
     weight = torch.randn(out_features, in_features, dtype=torch.bfloat16) / in_features**0.5
     build.pack(weight, packed[0], scale[0], weight_format)
     packed[1:], scale[1:] = packed[0], scale[0]
-    return Projection(in_features, out_features, weight_format, packed, scale, build)
+    return Projection(in_features, out_features, weight_format, packed, scale, weight, build)
 
 
 def check(projection: Projection, threads: int) -> float:
@@ -98,11 +103,14 @@ def check(projection: Projection, threads: int) -> float:
     return share
 
 
-def works_of(projection: Projection, tokens: list[int], threads: int) -> list[Work]:
+def works_of(
+    projection: Projection, tokens: list[int], threads: int, isa: str | None, *, onednn: bool
+) -> list[Work]:
     """List what is measured."""
-    layers = [projection.native(copy, threads) for copy in range(len(projection.packed))]
-    meter = Meter(projection.packed.reshape(-1), projection.weight_format, threads, None)
-    works = []
+    layers = [projection.native(copy, threads, isa) for copy in range(len(projection.packed))]
+    meter = Meter(projection.packed.reshape(-1), projection.weight_format, threads, isa)
+    packed = [Product.of(projection.original) for _ in layers] if onednn else []
+    works, theirs = [], []
     for count in tokens:
         x = torch.randn(count, projection.in_features, dtype=torch.bfloat16)
         out = torch.empty(count, projection.out_features, dtype=torch.bfloat16)
@@ -110,10 +118,24 @@ def works_of(projection: Projection, tokens: list[int], threads: int) -> list[Wo
         def call(i: int, x: torch.Tensor = x, out: torch.Tensor = out) -> None:
             layers[i % len(layers)].forward(x, out)
 
-        work = 2 * count * projection.in_features * projection.out_features
-        timed = timed_calls(call)
-        works.append(Work(layers[0].isa, count, projection.nbytes(), work, timed, meter))
-    return works
+        def their_call(i: int, x: torch.Tensor = x) -> None:
+            packed[i % len(packed)](*quantised(x.float())).to(x.dtype)
+
+        size = 2 * count * projection.in_features * projection.out_features
+        nbytes = projection.nbytes()
+        works.append(Work(layers[0].isa, count, nbytes, size, timed_calls(call), meter))
+        if onednn:
+            theirs.append(Work(ONEDNN, count, nbytes, size, timed_calls(their_call), meter))
+    # In turns, from the smallest number of tokens on.
+    return [work for pair in zip(works, theirs, strict=True) for work in pair] if onednn else works
+
+
+def over_onednn(rows: list[Row]) -> Report:
+    """Return how many times faster than oneDNN ours is: at each token count, and the least."""
+    medians = {(row.isa == ONEDNN, row.tokens): row.ms[1] for row in rows}
+    tokens = [row.tokens for row in rows if row.isa == ONEDNN]
+    ratios = {str(count): medians[True, count] / medians[False, count] for count in tokens}
+    return {"over_onednn": ratios, "least_over_onednn": min(ratios.values())} if ratios else {}
 
 
 def main(
@@ -122,11 +144,16 @@ def main(
     threads: Annotated[int | None, typer.Option(help="Default: all this process may use.")] = None,
     tokens: Annotated[str, typer.Option(help="Token counts; decode is 1.")] = "1,4,16,64,256,1024",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of all measurements.")] = 3,
+    isa: Annotated[str | None, typer.Option(help="A lower instruction set than the best.")] = None,
+    onednn: Annotated[bool, typer.Option(help="Measure oneDNN's int8 product, too.")] = False,
     save: Annotated[bool, typer.Option(help="Keep the figures in benchmarks/results/.")] = False,
 ) -> None:
     """Measure dense projections; the last line is one JSON object."""
     threads = threads or _native.default_threads()
     torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    if onednn and weight != "int8":
+        raise SystemExit(f"--onednn has int8 products alone, not {weight}")
     counts = [int(count) for count in tokens.split(",")]
     report: Report = {"weight": weight, "threads": threads}
     for name in SHAPES if shape == "all" else shape.split(","):
@@ -134,12 +161,13 @@ def main(
         projection = random_projection(in_features, out_features, weight)
         print(f"\n{name}, {weight}: {in_features} -> {out_features}, {threads} threads")
         print(f"result checked: {check(projection, threads):.2f} of the error bound")
-        results = measure(works_of(projection, counts, threads), rounds)
+        works = works_of(projection, counts, threads, isa, onednn=onednn)
+        results = measure(works, rounds)
         rows = [Row.of(result) for result in results]
-        figures = limits_of(results) | summary(rows)
+        figures = limits_of(results) | summary(rows) | over_onednn(rows)
         print(markdown(HEADER, (row.cells() for row in rows)))
         report[name] = figures | {"rows": [asdict(row) for row in rows]}
-    emit(f"linear-{weight}", report, save=save)
+    emit(f"linear-{ONEDNN}-{weight}" if onednn else f"linear-{weight}", report, save=save)
 
 
 if __name__ == "__main__":

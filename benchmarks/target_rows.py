@@ -149,10 +149,24 @@ def _peer_targets() -> Iterator[Target]:
         yield Target(promise, command, itemgetter("slowest_ratio"), at_least=1)
 
 
+LINEAR_SHAPES = ("7168x4096", "v3-o_proj")
+LINEAR = f"benchmarks/linear.py --shape {','.join(LINEAR_SHAPES)} --onednn"
+
+
+def _linear_targets() -> Iterator[Target]:
+    for shape in LINEAR_SHAPES:
+
+        def figure(figures: Figures, shape: str = shape) -> float:
+            return float(figures[shape]["least_over_onednn"])
+
+        promise = f"linear {shape} int8 over oneDNN: least of all token counts"
+        yield Target(promise, LINEAR, figure, at_least=1)
+
+
 PACKED = (
     Target("packing int8, GB/s of bf16", PACKING, itemgetter("int8_gb_s"), at_least=3),
     Target("packing int4-128, GB/s of bf16", PACKING, itemgetter("int4-128_gb_s"), at_least=0.5),
     Target("opening a mapped cache of 10 GB, s", PACKING, itemgetter("open_s"), at_most=1),
 )
 
-TARGETS = (*FRAMEWORK, *_kernel_targets(), *_peer_targets(), *PACKED)
+TARGETS = (*FRAMEWORK, *_kernel_targets(), *_peer_targets(), *_linear_targets(), *PACKED)

@@ -22,7 +22,8 @@ from rich.table import Table
 from target_rows import SECONDS, TARGETS, Absent, Figures, Target
 
 ROOT = Path(__file__).parents[1]
-KEEPING = tuple(f"benchmarks/{name}.py" for name in ("experts", "peers", "packing"))  # take --save
+# What `make bench` does not keep.
+KEEPING = tuple(f"benchmarks/{name}.py" for name in ("linear", "peers", "packing"))
 
 
 def run(command: str) -> Figures:

@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +45,31 @@ def test_a_projection_is_checked_against_a_reference(weight: str) -> None:
     projection = linear.random_projection(256, 96, weight)
     assert linear.check(projection, 1) <= 1
     assert len(projection.packed) * projection.nbytes() >= linear.COPIES_BYTES
+
+
+def test_onednn_is_measured_in_the_rounds_of_a_projection() -> None:
+    projection = linear.random_projection(7168, 4096, "int8")
+    works = linear.works_of(projection, [1, 4], 1, None, onednn=True)
+    isa = _native.isa()
+    assert [(work.isa, work.tokens) for work in works] == [
+        (isa, 1),
+        ("onednn", 1),
+        (isa, 4),
+        ("onednn", 4),
+    ]
+    assert all(work.seconds(0.0) for work in works)
+
+
+def test_a_ratio_is_that_of_the_medians_and_the_least_is_named() -> None:
+    def row(isa: str, tokens: int, ms: float) -> Any:
+        return SimpleNamespace(isa=isa, tokens=tokens, ms=(0.0, ms, 9.0))
+
+    rows = [row("avx2", 1, 2.0), row("onednn", 1, 6.0), row("avx2", 4, 5.0), row("onednn", 4, 4.0)]
+    assert linear.over_onednn(rows) == {
+        "over_onednn": {"1": 3.0, "4": 0.8},
+        "least_over_onednn": 0.8,
+    }
+    assert linear.over_onednn(rows[::2]) == {}
 
 
 def test_a_single_token_walks_through_all_experts() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import results
+import target_rows
 from limits import Measured, Work, measure, quartiles, timed_calls
 from results import Row, emit, last, markdown, summary
 
@@ -100,6 +101,11 @@ def test_the_summary_names_what_targets_ask_for() -> None:
         "prefill_256_share": 0.8,
         "limit_256_share": 0.8,
     }
+
+
+def test_every_share_that_is_a_target_is_in_the_summary_of_an_ordinary_run() -> None:
+    rows = [row(tokens, 1.0) for tokens in (1, 4, 16, 64, 256, 1024)]
+    assert target_rows.SHARES.keys() <= summary(rows).keys()
 
 
 def test_a_row_has_rates_of_its_median() -> None:
