@@ -29,12 +29,15 @@ CLASSES = {
 
 
 def variants(weight_format: str, threads: int) -> list[Variant]:
-    """List the counterpart on all threads and on one: it spins where cores are few."""
+    """List the counterpart on all threads and on one: it spins where cores are few.
+
+    Raises CannotRun where that needs AVX-512.
+    """
     wide = "avx512_vnni" in _native.isas()
     kind = weight_format.partition("-")[0]
     name = {"int8": "AMXINT8", "int4": "AMXINT4" if wide else "RAWINT4", "bf16": "BF16"}[kind]
     if name.startswith("AMX") and not wide:
-        return []
+        raise CannotRun(f"kt-kernel's {name} needs AVX-512; this machine has {_native.isa()}")
     return [Variant(name, count) for count in sorted({threads, 1}, reverse=True)]
 
 

@@ -55,7 +55,10 @@ class Peer(Protocol):
     MAX_ERROR: dict[str, float]
 
     def variants(self, weight_format: str, threads: int) -> list[Variant]:
-        """List its ways to run our format's counterpart; none where it has none."""
+        """List its ways to run our format's counterpart; none where it has none.
+
+        Raises CannotRun where this machine can't run it.
+        """
         ...
 
     def make_layer(self, sizes: Sizes, experts: list[Weights], variant: Variant) -> PeerLayer:

@@ -144,7 +144,7 @@ def measured(name: str, model: str, weight: str, tokens: list[int], rounds: int)
     threads = _native.default_threads()
     variants = load_peer(name).variants(weight, threads)
     if not variants:
-        raise CannotRun(f"{name} has no counterpart of {weight} on this machine ({_native.isa()})")
+        raise CannotRun(f"{name} has no counterpart of {weight}")
     sizes = fitting(MODELS[model], weight, copies=2)
     torch.manual_seed(0)
     ours = random_layer(sizes, weight).native(threads, None)

@@ -53,7 +53,9 @@ def experts(model: str, weight: str) -> str:
 
 def peer(name: str, model: str, weight: str, tokens: str) -> str:
     """Return the command that measures them beside another engine's."""
-    return f"benchmarks/peers.py {name} --model {model} --weight {weight} --tokens {tokens}"
+    rounds = 2 if model == "v3" else 3  # a call may take seconds
+    command = f"benchmarks/peers.py {name} --model {model} --weight {weight} --tokens {tokens}"
+    return f"{command} --rounds {rounds}"
 
 
 def _one_expert_over_eight(figures: Figures) -> float:

@@ -101,14 +101,18 @@ def test_a_peer_computes_the_layer(name: str, weight: str) -> None:
         assert layer.prepare(calls.x, calls.weights)(calls.indices[0]).shape == (5, 256)
 
 
-def test_peers_say_what_they_have_no_counterpart_of() -> None:
+def test_peers_say_what_they_have_no_counterpart_of(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_peer("onednn").variants("bf16", 2) == []
     assert [str(v) for v in load_peer("llama.cpp").variants("int4-128", 2)] == [
         "Q4_K, 2 threads",
         "Q4_K, repacked, 2 threads",
     ]
-    on_one = Variant("BF16", 1)
-    assert on_one in load_peer("kt-kernel").variants("bf16", 2)
+    kt_kernel = load_peer("kt-kernel")
+    assert kt_kernel.variants("bf16", 2) == [Variant("BF16", 2), Variant("BF16", 1)]
+    monkeypatch.setattr(_native, "isas", lambda: ["avx2", "portable"])
+    with pytest.raises(CannotRun, match="kt-kernel's AMXINT8 needs AVX-512; this machine has"):
+        kt_kernel.variants("int8", 2)
+    assert kt_kernel.variants("int4-128", 1) == [Variant("RAWINT4", 1)]
 
 
 def test_int4_for_kt_kernel_has_the_low_nibble_first() -> None:
