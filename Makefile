@@ -11,6 +11,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 CONSTRAINTS := constraints.txt
 
+# Other engines, for benchmarks alone; torch and the rest they take from .venv.
+PEERS := .venv-peers
+PEER_PACKAGES := llama-cpp-python==0.3.36 kt-kernel==0.7.2
+
 BIN := $(VENV)/bin
 # Compiling all of torch ahead takes longer than compiling what is used when it is.
 PIP := PIP_NO_COMPILE=1 $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -26,8 +30,8 @@ PACKAGE := $(sort $(call find,ktransformers,%.py %.pyi %.yaml %.typed))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format dev_install test-lower-bounds bench targets asan tsan clean \
-	FORCE
+.PHONY: help demo test check format dev_install test-lower-bounds bench targets peers compare asan \
+	tsan clean FORCE
 
 define HELP
 
@@ -38,6 +42,8 @@ define HELP
   make dev_install         .venv with everything in it (demo and test do this themselves);
                            then: . .venv/bin/activate
   make bench               the CPU kernels, measured against this machine's own limits
+  make compare BASE=main   the CPU kernels against those of another commit, in one process
+  make peers               other engines, into $(PEERS), to be measured beside ours; half an hour
   make targets             every number that the project promises: measured, and whether it holds
   make asan, make tsan     the native tests under address + undefined, and thread sanitizers
   make test-lower-bounds   every test, with the oldest versions that pyproject.toml admits
@@ -47,6 +53,7 @@ define HELP
   extension. After that nothing needs a network. What may be set:
 
   PYTHON=python3.12        which Python (3.10 or later) .venv is made from
+  BENCH=--save             bench and targets keep their figures in benchmarks/results/
   TORCH_INDEX=URL          which build of $(TORCH) to take. Default: a CPU build, from
                            pip's own configuration or $(TORCH_INDEX).
                            With an NVIDIA GPU: https://download.pytorch.org/whl/cu130
@@ -127,10 +134,29 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/experts.py
+	@set -e; for model in v2-lite v3; do for weight in int8 int4-128 int4-32 bf16; do \
+	  $(BIN)/python benchmarks/experts.py --model $$model --weight $$weight --isa all $(BENCH); \
+	done; done
+	@set -e; for weight in int8 int4-128 int4-32 bf16; do \
+	  $(BIN)/python benchmarks/linear.py --weight $$weight $(BENCH); done
+
+compare: $(VENV)/.installed
+	$(BIN)/python benchmarks/compare.py $(BASE)
 
 targets: $(VENV)/.installed
-	$(BIN)/python benchmarks/targets.py
+	$(BIN)/python benchmarks/targets.py $(BENCH)
+
+# llama.cpp is compiled for this machine alone, from its Python package's sources. A peer that
+# can't be installed leaves the reason in its place, which `make targets` shows.
+peers: $(addprefix $(PEERS)/.,$(PEER_PACKAGES))
+$(PEERS)/.%: $(VENV)/.tools
+	@echo 'make: $* into $(PEERS)'
+	@mkdir -p $(PEERS)
+	@if CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' nice env $(PIP) install --no-deps --upgrade \
+	  --no-binary llama-cpp-python --target $(PEERS) '$*' >$(PEERS)/$*.log 2>&1; \
+	  then rm -f $(PEERS)/$*.absent; : >$@; \
+	  else cp $(PEERS)/$*.log $(PEERS)/$*.absent; echo "make: $* can't be installed:" \
+	  "`tail -n 1 $(PEERS)/$*.log`" >&2; fi
 
 # The presets are in CMakePresets.json.
 asan tsan: $(VENV)/.tools
@@ -142,6 +168,6 @@ test-lower-bounds:
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 clean:
-	rm -rf .venv .venv-lowest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-lowest $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 FORCE:

@@ -25,8 +25,8 @@ import torch
 import typer
 
 from attention_reference import Form, MlaWeights, attention_reference
-from experts import dequantised
 from ktransformers import _native
+from moe_layer import dequantised
 
 LIMIT_SECONDS = 0.1  # of each measurement of a limit: before and after what is compared with it
 CALL_SECONDS = 0.25  # of calls per round and case, at least one

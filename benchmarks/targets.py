@@ -2,6 +2,8 @@
 
 Run: python benchmarks/targets.py       Exits 1 where a target does not hold, 2 where one has no
 figure. Each command is run once and ends in one line of JSON, from which its targets are read.
+Rows are in target_rows.py. A peer that is not installed is shown with its last figure, as stale; a
+figure that this machine cannot have is absent with the reason, and no error.
 """
 
 from __future__ import annotations
@@ -10,81 +12,18 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from target_rows import SECONDS, TARGETS, Absent, Figures, Target
+
 ROOT = Path(__file__).parents[1]
-TINY_FOLDER = ROOT / "examples" / "tiny-deepseek-v3"
-EXPERTS = "benchmarks/experts.py"
-PLAN = "benchmarks/plan.py"
-LOADING = "benchmarks/loading.py"
-DEMO = "examples/demo.py"
-TINY = "examples/tiny-deepseek-v3/train.py evaluate"
-SECONDS = "seconds the command took"  # a figure that this file measures itself
-
-Figures = Mapping[str, Any]  # the last line of a command
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A promise: a figure of a command is at least, or at most, `bound`."""
-
-    promise: str
-    command: str
-    figure: Callable[[Figures], float]
-    at_least: float | None = None
-    at_most: float | None = None
-
-    def holds(self, value: float) -> bool:
-        """Tell whether the promise is kept."""
-        above = self.at_least is None or value >= self.at_least
-        return above and (self.at_most is None or value <= self.at_most)
-
-    def bound(self) -> str:
-        """Write the bound."""
-        return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
-
-
-def _one_expert_over_eight(figures: Figures) -> float:
-    by_experts = figures["perplexity_by_experts"]
-    return float(by_experts["1"] / by_experts["8"])
-
-
-def _tiny_mib(_: Figures) -> float:
-    files = (path for path in TINY_FOLDER.iterdir() if path.is_file())
-    return sum(path.stat().st_size for path in files) / 2**20
-
-
-TARGETS = (
-    Target("demo, once installed, s", DEMO, itemgetter(SECONDS), at_most=60),
-    Target("plan V3 at its real size, s", PLAN, itemgetter("plan_s"), at_most=3),
-    Target("plan V3, peak memory, GB", PLAN, itemgetter("peak_gb"), at_most=1),
-    Target(
-        "loading, peak over (packed + 10 % + 200 MB)",
-        LOADING,
-        itemgetter("peak_share_of_bound"),
-        at_most=1,
-    ),
-    Target("decode, share of read bandwidth", EXPERTS, itemgetter("decode_share"), at_least=0.60),
-    Target(
-        "prefill 1,024, share of int8 peak", EXPERTS, itemgetter("prefill_share"), at_least=0.40
-    ),
-    Target("module over bare kernel call, us", EXPERTS, itemgetter("overhead_us"), at_most=30),
-    Target("tiny: perplexity with 1 expert over 8", TINY, _one_expert_over_eight, at_least=1.10),
-    Target(
-        "tiny: share of the least used expert",
-        TINY,
-        lambda figures: float(min(figures["expert_share_min"])),
-        at_least=1e-5,
-    ),
-    Target("tiny: size, MiB", TINY, _tiny_mib, at_most=16),
-)
+# What `make bench` does not keep.
+KEEPING = tuple(f"benchmarks/{name}.py" for name in ("linear", "peers", "packing"))
 
 
 def run(command: str) -> Figures:
@@ -103,31 +42,54 @@ def run(command: str) -> Figures:
     return figures
 
 
-def main() -> int:
+def judge(target: Target, figures: Figures) -> tuple[int, str, str]:
+    """Return the exit code that a target asks for, what was measured, and the verdict."""
+    try:
+        if figures.get("status") == "absent":
+            if not figures["cannot"]:
+                return 2, f"absent: {figures['reason']}", "ERROR"
+            raise Absent(figures["reason"])
+        value = target.figure(figures)
+    except KeyError:
+        return 2, "absent", "ERROR"
+    except Absent as reason:
+        return 0, f"absent: {reason}", "-"
+    holds = target.holds(value)
+    if figures.get("status") == "stale":
+        measured = f"{value:.4g}, stale ({figures['date'][:10]}: {figures['reason']})"
+        return 0, measured, "then yes" if holds else "then NO"
+    return (0, f"{value:.4g}", "yes") if holds else (1, f"{value:.4g}", "NO")
+
+
+def main(save: bool = False) -> int:
     """Measure, print a table, and return the exit code."""
-    console = Console(width=120)
+    console = Console(width=150)
     commands = list(dict.fromkeys(target.command for target in TARGETS))
+    figures = {}
     with console.status("measuring") as status:
-        figures = {}
         for command in commands:
             status.update(f"measuring: python {command}")
-            figures[command] = run(command)
+            keep = " --save" if save and command.startswith(KEEPING) else ""
+            figures[command] = run(command + keep)
     table = Table("target", "measured", "bound", "holds", "command")
     outcome = 0
     for target in TARGETS:
-        try:
-            value = target.figure(figures[target.command])
-        except KeyError:
-            outcome = 2
-            table.add_row(target.promise, "absent", target.bound(), "ERROR", target.command)
-            continue
-        holds = target.holds(value)
-        outcome = outcome if holds else max(outcome, 1)
-        verdict = "yes" if holds else "NO"
-        table.add_row(target.promise, f"{value:.4g}", target.bound(), verdict, target.command)
+        code, measured, verdict = judge(target, figures[target.command])
+        outcome = max(outcome, code)
+        table.add_row(target.promise, measured, target.bound(), verdict, target.command)
     console.print(table)
+    peaks = {f["weight"]: f["instruction"] for f in figures.values() if "instruction" in f}
+    for weight, instruction in peaks.items():
+        console.print(f"the peak beside {weight} is that of {instruction}")
     return outcome
 
 
+def command(
+    save: Annotated[bool, typer.Option(help="Keep the figures in benchmarks/results/.")] = False,
+) -> None:
+    """Measure every promise of the project, and say whether it holds."""
+    raise typer.Exit(main(save))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(command)
