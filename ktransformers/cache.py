@@ -243,11 +243,11 @@ class LatentCache(Cache):
     def append(self, latent: torch.Tensor, rope: torch.Tensor, layer_idx: int) -> LatentPages:
         """Cache new tokens of a layer, [B, T, C] and [B, T, R]; return what attention reads.
 
-        Raises ValueError where they do not fit, or come for another number of sequences.
+        Raises ValueError where they do not fit, come for another number of sequences, or are of
+        another model.
         """
-        layer = self.layers[layer_idx]
-        self._prepare(layer, latent.shape[0], latent.shape[1])
-        return layer.append(latent, rope)
+        self._prepare(layer_idx, latent, rope)
+        return self.layers[layer_idx].append(latent, rope)
 
     def update(
         self,
@@ -258,11 +258,14 @@ class LatentCache(Cache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache latents [B, 1, T, C] and rope parts [B, 1, T, R]; return all, contiguous."""
-        self._prepare(self.layers[layer_idx], key_states.shape[0], key_states.shape[2])
+        self._prepare(layer_idx, key_states[:, 0], value_states[:, 0])
         return super().update(key_states, value_states, layer_idx)
 
-    def _prepare(self, layer: LatentLayer, B: int, T: int) -> None:
-        """Have pages for T new tokens in every sequence."""
+    def _prepare(self, layer_idx: int, latent: torch.Tensor, rope: torch.Tensor) -> None:
+        """Have pages for new tokens in every sequence."""
+        B, T, C = latent.shape
+        self._check_sizes(max(layer_idx + 1, len(self.layers)), C, rope.shape[-1])
+        layer = self.layers[layer_idx]
         self.check_request(B, layer.length + T)
         if self.table.batch != B:
             self.table.start(B)
@@ -275,6 +278,21 @@ class LatentCache(Cache):
                     each.reserve()
                     for tensor in each.tensors().values():
                         tensor[target] = tensor[source]
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Raise ValueError where this cache was made for a model of other sizes."""
+        sizes = (config.num_hidden_layers, config.kv_lora_rank, config.qk_rope_head_dim)
+        self._check_sizes(*sizes)
+
+    def _check_sizes(self, *theirs: int) -> None:
+        first = self.layers[0]
+        mine = (len(self.layers), first.latent.shape[2], first.rope.shape[2])
+        if mine != theirs:
+            sizes = "{} layers of {} + {} values"
+            raise ValueError(
+                f"this cache was made for another model: it has {sizes.format(*mine)}, and "
+                f"{sizes.format(*theirs)} are to be cached"
+            )
 
     def check_request(self, batch: int, length: int) -> None:
         """Raise ValueError where so many sequences can't grow to so many tokens here."""

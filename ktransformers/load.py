@@ -255,6 +255,7 @@ class _Optimised:
         """Refuse, before any work, what the cache that was passed can't hold."""
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, LatentCache) and generation_config.max_length is not None:
+            cache.check_model(self.config)  # type: ignore[attr-defined]  # the model's
             check_fits(generation_config.max_length - 1, cache.max_tokens)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]  # the model's
 

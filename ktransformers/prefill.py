@@ -54,6 +54,7 @@ def prefill(
     """
     token_ids = check_prompt(model, input_ids)
     B, T = token_ids.shape
+    cache.check_model(model.config)
     past = cache.completed()
     cache.check_request(B, past + T)
     positions = _positions(attention_mask, B, past, T)

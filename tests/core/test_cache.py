@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ktransformers.cache import LatentCache
 from ktransformers.cache_pages import PAGE_TOKENS, PageTable
+from ktransformers.prefill import prefill
 from tiny_models import quantised, random_model, v3_config
 
 IDS = torch.randint(3, 96, (3, 58), generator=torch.Generator().manual_seed(0))
@@ -210,6 +211,26 @@ def test_another_number_of_sequences_is_refused() -> None:
     mine, _ = filled()
     with pytest.raises(ValueError, match="holds 2 sequences, but 3 came"):
         mine.update(*states(3, 1), 0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        v3_config(num_hidden_layers=2),
+        v3_config(num_hidden_layers=4),
+        v3_config(kv_lora_rank=16),
+        v3_config(qk_rope_head_dim=16),
+    ],
+)
+def test_a_cache_for_a_model_of_other_sizes_is_refused(
+    v3: PreTrainedModel, other: PreTrainedConfig
+) -> None:
+    reason = r"made for another model: it has .* values, and 3 layers of 32 \+ 8 values are to be"
+    with pytest.raises(ValueError, match=reason):
+        prefill(v3, IDS, LatentCache(other, 100))
+    if other.num_hidden_layers <= 3:
+        with pytest.raises(ValueError, match="made for another model"):
+            v3(IDS, past_key_values=LatentCache(other, 100))
 
 
 def test_what_an_interrupt_has_left_is_cut_to_what_all_layers_have() -> None:
