@@ -81,7 +81,8 @@ class LatentLayer(CacheLayerMixin):
                 continue
             shape = (pages, *old.shape[1:])
             try:
-                new = torch.empty(shape, dtype=old.dtype)
+                with torch.inference_mode(False):  # it may outlive that mode, and be written to
+                    new = torch.empty(shape, dtype=old.dtype)
             except RuntimeError as error:
                 raise MemoryError(
                     f"the system refuses {math.prod(shape) * old.itemsize:,} bytes for a layer of "
@@ -94,16 +95,19 @@ class LatentLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def append(self, latent: torch.Tensor, rope: torch.Tensor) -> LatentPages:
-        """Cache new tokens, latent [B, T, C] and rope [B, T, R], and return all there are."""
+        """Cache new tokens, latent [B, T, C] and rope [B, T, R], and return all there are.
+
+        What is cached carries no gradient.
+        """
         B, T, C = latent.shape
         begin, end = self.length, self.length + T
         slots = self.table.indexes(begin, end)
-        rows = latent.reshape(B * T, C)
+        rows = latent.detach().reshape(B * T, C)
         if self.scale is not None:
             rows, scale = _quantised(rows)
             self.scale.view(-1).index_copy_(0, slots, scale)
         self.latent.view(-1, C).index_copy_(0, slots, rows.to(self.latent.dtype))
-        rope_rows = rope.reshape(B * T, rope.shape[-1]).to(self.rope.dtype)
+        rope_rows = rope.detach().reshape(B * T, rope.shape[-1]).to(self.rope.dtype)
         self.rope.view(-1, rope.shape[-1]).index_copy_(0, slots, rope_rows)
         self.length = end
         return self.pages()

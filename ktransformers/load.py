@@ -246,8 +246,13 @@ class _Optimised:
         config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         if kwargs.get("use_mtp", getattr(config or self.generation_config, "use_mtp", None)):  # type: ignore[attr-defined]  # the model's
             raise RuntimeError("use_mtp is not supported: MTP layers are not loaded")
-        with last_position_only(self):  # type: ignore[arg-type]  # it is the model
-            return super().generate(*args, **kwargs)  # type: ignore[misc]  # the model's
+        cache = kwargs.get("past_key_values")
+        try:
+            with last_position_only(self):  # type: ignore[arg-type]  # it is the model
+                return super().generate(*args, **kwargs)  # type: ignore[misc]  # the model's
+        finally:
+            if isinstance(cache, LatentCache):  # Ctrl-C leaves some layers with more tokens
+                cache.cut(cache.completed())
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any

@@ -140,6 +140,15 @@ def test_a_copy_is_independent() -> None:
     assert_same(twin, reference, 2)
 
 
+def test_a_cache_serves_inference_mode_and_others_in_turn(v3: PreTrainedModel) -> None:
+    cache = LatentCache.for_model(v3, 100)
+    with torch.inference_mode():
+        v3(IDS, past_key_values=cache)
+    logits = v3(IDS[:, :3], past_key_values=cache).logits
+    assert logits.requires_grad
+    assert not any(layer.latent.requires_grad for layer in cache.layers)
+
+
 def test_beams_share_the_pages_of_their_prompt() -> None:
     mine, _ = filled(B=1, T=3 * PAGE_TOKENS)
     mine.batch_repeat_interleave(8)

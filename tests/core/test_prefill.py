@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+from ktransformers import optimize_and_load
 from ktransformers.cache import LatentCache
 from ktransformers.prefill import activation_bytes, chunk_tokens, last_position_only, prefill
 from tiny_models import random_model, v2_config, v3_config
@@ -91,6 +92,31 @@ def test_an_interrupt_leaves_what_all_layers_have_completed(
     assert torch.equal(cache.token_ids, IDS[:, :kept])
     whole = prefill(model, IDS, LatentCache.for_model(model, 60))
     assert close(prefill(model, IDS[:, kept:], cache), whole)
+
+
+def test_an_interrupted_generate_of_an_optimised_model_leaves_a_valid_cache() -> None:
+    rule = {
+        "match": {"name": r"\.mlp\.experts$"},
+        "replace": {"class": "ktransformers.operators.experts.CpuExperts"},
+    }
+    model = optimize_and_load(random_model(v3_config()), [rule])
+    cache = LatentCache.for_model(model, 60)
+    calls: list[int] = []
+
+    def interrupt(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(IDS, past_key_values=cache, **options)  # type: ignore[operator]  # typed for GenerationMixin alone
+    hook.remove()
+    assert cache.get_seq_length() == cache.completed() == 51
+    cache.cut(49)
+    again = model.generate(IDS, past_key_values=cache, **options)  # type: ignore[operator]  # as above
+    assert torch.equal(again, model.generate(IDS, **options))  # type: ignore[operator]  # as above
 
 
 @pytest.mark.parametrize(
