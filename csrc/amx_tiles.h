@@ -89,8 +89,9 @@ tile_rows<typename format::element> rows_from(const gemm_args& args, int64_t i, 
   return {copies, copies + amx_rows * room, room * static_cast<int64_t>(sizeof(element))};
 }
 
-// Up to 16 rows, or where `two` up to 32, from row index i on, times 32 outputs from j on.
-template <typename format, bool two>
+// Up to 16 rows, or where `two` up to 32, from row index i on, times 32 outputs from j on, or where
+// not `wide` 16.
+template <typename format, bool two, bool wide>
 void tile_block(const gemm_args& args, int64_t i, int64_t rows, int64_t j) {
   using element = typename format::element;
   constexpr int64_t room = gathered_tiles * format::tile_k;
@@ -110,21 +111,23 @@ void tile_block(const gemm_args& args, int64_t i, int64_t rows, int64_t j) {
       _tile_loadd(4, a.first + kk, a.stride);
       _tile_loadd(6, w0 + (k + kk) * panel_outputs, 64);
       format::template multiply<0>();
-      _tile_loadd(7, w1 + (k + kk) * panel_outputs, 64);
-      format::template multiply<1>();
+      if (wide) {
+        _tile_loadd(7, w1 + (k + kk) * panel_outputs, 64);
+        format::template multiply<1>();
+      }
       if (two) {
         _tile_loadd(5, a.second + kk, a.stride);
         format::template multiply<2>();
-        format::template multiply<3>();
+        if (wide) format::template multiply<3>();
       }
     }
   }
   const int64_t first = two ? amx_rows : rows;
   format::template store<0>(args, i, first, j);
-  format::template store<1>(args, i, first, j + panel_outputs);
+  if (wide) format::template store<1>(args, i, first, j + panel_outputs);
   if (two) {
     format::template store<2>(args, i + amx_rows, rows - amx_rows, j);
-    format::template store<3>(args, i + amx_rows, rows - amx_rows, j + panel_outputs);
+    if (wide) format::template store<3>(args, i + amx_rows, rows - amx_rows, j + panel_outputs);
   }
 }
 
@@ -133,12 +136,15 @@ template <typename format>
   for (int64_t i = 0; i < args.m; i += 2 * amx_rows) {
     const int64_t rows = args.m - i < 2 * amx_rows ? args.m - i : 2 * amx_rows;
     configure_tiles(rows);
-    for (int64_t j = 0; j < args.n; j += gemm_n_multiple) {
-      if (rows > amx_rows) {
-        tile_block<format, true>(args, i, rows, j);
-      } else {
-        tile_block<format, false>(args, i, rows, j);
-      }
+    const bool two = rows > amx_rows;
+    int64_t j = 0;
+    for (; j + gemm_n_multiple <= args.n; j += gemm_n_multiple) {
+      const auto block = two ? tile_block<format, true, true> : tile_block<format, false, true>;
+      block(args, i, rows, j);
+    }
+    if (j < args.n) {
+      const auto block = two ? tile_block<format, true, false> : tile_block<format, false, false>;
+      block(args, i, rows, j);
     }
   }
   _tile_release();

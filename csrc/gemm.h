@@ -17,7 +17,7 @@ constexpr int64_t gemm_max_k = 131072;  // 127 * 127 * k < 2^31
 
 struct gemm_args {
   int64_t m;
-  int64_t n;            // multiple of gemm_n_multiple
+  int64_t n;            // multiple of gemm_n_multiple, or of what the format's header says
   int64_t k;            // as padded
   const int32_t* rows;  // [m] row(i), or nullptr: row(i) = i
   const void* a;        // [..][k]

@@ -25,8 +25,10 @@ counters& own_counters() {
 constexpr const char* isa_names[isa_count] = {"portable",    "avx2",     "avx_vnni", "avx512_vnni",
                                               "avx512_bf16", "amx_int8", "amx_bf16"};
 constexpr const char* operation_names[operation_count] = {
-    "quantize_rows", "sum_groups", "int8_gemm",     "int4_gemm", "bf16_gemm", "silu_mul",
-    "weighted_add",  "round_rows", "int4_quantize", "int8_peak", "bf16_peak"};
+    "quantize_rows", "sum_groups",      "int8_gemm",    "int4_gemm",
+    "bf16_gemm",     "silu_mul",        "weighted_add", "round_rows",
+    "int4_quantize", "softmax_step",    "rescale_add",  "dequantise_rows",
+    "pair_rows",     "transpose_pairs", "int8_peak",    "bf16_peak"};
 
 }  // namespace
 

@@ -24,10 +24,15 @@ enum class operation : uint8_t {
   weighted_add,
   round_rows,
   int4_quantize,
+  softmax_step,
+  rescale_add,
+  dequantise_rows,
+  pair_rows,
+  transpose_pairs,
   int8_peak,
   bf16_peak
 };
-constexpr int operation_count = 11;
+constexpr int operation_count = 16;
 
 // True where the processor has every instruction of the set and the operating system saves its
 // registers. Lives in a file of its own so that a test build can replace it.

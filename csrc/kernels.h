@@ -1,6 +1,7 @@
 // The kernels of one instruction set, chosen at run time from the list in kernels.inc.
 #pragma once
 
+#include "attention/attention.h"
 #include "bench/peak.h"
 #include "bf16_gemm/bf16_gemm.h"
 #include "combine/combine.h"
@@ -25,6 +26,11 @@ struct kernel_table {
   weighted_add_fn* weighted_add;
   round_rows_fn* round_rows;
   int4_quantize_fn* int4_quantize;
+  softmax_step_fn* softmax_step;
+  rescale_add_fn* rescale_add;
+  dequantise_rows_fn* dequantise_rows;
+  pair_rows_fn* pair_rows;
+  transpose_pairs_fn* transpose_pairs;
   peak_fn* int8_peak;
   peak_fn* bf16_peak;
 };

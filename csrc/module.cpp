@@ -18,6 +18,7 @@
 #include "binding.h"
 #include "kernels.h"
 #include "module_layers.h"
+#include "module_mla.h"
 #include "module_numa.h"
 #include "released_gil.h"
 #include "tensor_view.h"
@@ -144,7 +145,10 @@ void bind_gemm(nb::handle a, nb::handle a_scale, nb::handle a_sum, nb::handle pa
   const tensor_view c = view_tensor(out, "out", {element::fp32}, {any_size, any_size});
   const int64_t m = c.shape[0], n = c.shape[1], k = av.shape[1];
   check_matrix(n, k);
-  if (n != padded_n(n)) value_error("out: expected a multiple of 32 columns");
+  const int64_t multiple = integers ? gemm_n_multiple : bf16_gemm_n_multiple;
+  if (n % multiple) {
+    value_error("out: expected a multiple of " + std::to_string(multiple) + " columns");
+  }
   if (k != padded_k(format, k)) {
     value_error("a: expected a multiple of " + std::to_string(padded_k(format, 1)) + " columns");
   }
@@ -156,7 +160,8 @@ void bind_gemm(nb::handle a, nb::handle a_scale, nb::handle a_sum, nb::handle pa
         data<int32_t>(view_tensor(a_sum, "a_sum", {element::int32}, {av.shape[0], sums}));
   }
   const tensor_view p =
-      view_tensor(packed, "packed", {element::uint8}, {packed_bytes(format, n, k)});
+      view_tensor(packed, "packed", {element::uint8},
+                  {packed_bytes(format, gemm_n_multiple, k) * n / gemm_n_multiple});
   const tensor_view w =
       view_tensor(w_scale, "w_scale", {scale_element(format)}, {scale_count(format, n, k)});
   const int32_t* row_indices = nullptr;
@@ -286,4 +291,5 @@ NB_MODULE(_native, m) {
   m.def("bench_peak", &bench_peak, "format"_a, "threads"_a = nb::none(), "seconds"_a = 0.2,
         nb::kw_only(), "isa"_a = nb::none());
   bind_layers(m);
+  bind_mla(m);
 }

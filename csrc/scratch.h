@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "experts/routing.h"
+#include "mla/absorbed_plan.h"
 #include "weights/rows.h"
 
 namespace kt {
@@ -48,6 +49,8 @@ struct scratch {
   row_scratch h_prepared;
   buffer<std::atomic<int64_t>> slices_left;
   buffer<float> tiles;
+  absorbed_plan absorbed;
+  buffer<char> attention;
 };
 
 // One scratch for the duration of a call: as many exist as calls have run at the same time.

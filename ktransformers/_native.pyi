@@ -110,8 +110,8 @@ def gemm(
 
     `a` `[*, k]` int8 in [-127, 127], with `a_scale` from `quantize_rows` and `a_sum` int32
     `[*, 1]` from there too, in int4 `[*, k / group_size]` from `sum_groups`; or, in the format
-    bf16, bf16 with neither. `out` fp32 `[m, n]`, k and n as padded; `rows` int32 `[m]` picks rows
-    of `a`.
+    bf16, bf16 with neither. `out` fp32 `[m, n]`, k and n as padded, in the format bf16 n to 16;
+    `rows` int32 `[m]` picks rows of `a`.
     """
 
 def silu_mul(gate: Tensor, up: Tensor, out: Tensor, *, isa: str | None = None) -> None:
@@ -128,6 +128,36 @@ def weighted_add(
 
 def round_rows(y: Tensor, out: Tensor, *, isa: str | None = None) -> None:
     """Round fp32 `y` `[m, n]` to `out`, bf16 or fp32; every NaN becomes the same quiet one."""
+
+def softmax_step(
+    scores: Tensor,
+    scale: float,
+    seen: Tensor,
+    maximum: Tensor,
+    sum: Tensor,
+    factor: Tensor,
+    p: Tensor,
+    *,
+    isa: str | None = None,
+) -> None:
+    """Turn a tile of scores into weights, one query a column (csrc/attention/attention.h).
+
+    `scores` fp32 `[keys, columns]`, keys even and columns a multiple of 16; of them each column
+    sees the first `seen` int32 `[columns]`. `maximum` and `sum` fp32 `[columns]` are updated;
+    `factor` fp32 `[columns]` and `p` bf16 `[keys / 2, columns, 2]` are written.
+    """
+
+def rescale_add(factor: Tensor, x: Tensor, acc: Tensor, *, isa: str | None = None) -> None:
+    """Compute `acc[i] * factor[i] + x[i]` into `acc`, fp32 `[m, n]`, n a multiple of 16."""
+
+def dequantise_rows(q: Tensor, scale: Tensor, out: Tensor, *, isa: str | None = None) -> None:
+    """Round `q[i] * scale[i]` to `out`: int8 `[m, n]`, fp32 `[m]`, bf16 `[m, n]`."""
+
+def pair_rows(x: Tensor, packed: Tensor, *, isa: str | None = None) -> None:
+    """Interleave pairs of rows: bf16 `[m, n]` to `[n / 16, m / 2, 16, 2]`."""
+
+def transpose_pairs(x: Tensor, out: Tensor, *, isa: str | None = None) -> None:
+    """Transpose bf16 `[m, n, 2]` to `[n, m, 2]`, m and n multiples of 8."""
 
 def bench_read_bandwidth(buffer: Tensor, threads: int | None = None, seconds: float = 0.2) -> float:
     """Return the bytes per second at which threads read a uint8 buffer, again and again."""
@@ -269,6 +299,79 @@ class Linear:
     def in_features(self) -> int: ...
     @property
     def out_features(self) -> int: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+
+class MlaAttention:
+    """Multi-head latent attention over a paged cache (csrc/mla/mla.h); `kv_b_proj` is part of it.
+
+    Holds references to its tensors and reads their memory in place, as `Experts` does. A query's
+    output does not depend on the other sequences of a call or on the number of threads.
+    """
+
+    def __init__(
+        self,
+        uk_packed: Tensor,
+        uk_scale: Tensor,
+        uv_packed: Tensor,
+        uv_scale: Tensor,
+        *,
+        format: str,
+        num_heads: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        kv_lora_rank: int,
+        scaling: float,
+        threads: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        """Check and adopt the tensors; H `num_heads`, C `kv_lora_rank`, Dn, R and Dv the head dims.
+
+        Per head `uk` is the transposed W_UK `[C, Dn]` and `uv` is W_UV `[Dv, C]`, as `pack` writes
+        them: uint8 `[H, packed_bytes(C, Dn, format)]` and `[H, packed_bytes(Dv, C, format)]`, with
+        scales `[H, scale_count(...)]`.
+        """
+
+    def forward(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        latent_scale: Tensor | None,
+        rope: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        valid: Tensor | None,
+        out: Tensor,
+        *,
+        form: str | None = None,
+    ) -> None:
+        """Attend with the last T tokens of each of B sequences, causally, and write to `out`.
+
+        `q` bf16 or fp32 `[B, T, H, Dn + R]`, rotated; `out` like it `[B, T, H * Dv]`. The cache:
+        `latent` bf16, fp32 or int8 `[P, page_tokens, C]`, int8 with `latent_scale` fp32
+        `[P, page_tokens]`; `rope` bf16 or fp32 `[P, page_tokens, R]`; `block_table` int32
+        `[B, max_pages]`, the pages of each sequence in order; `lengths` int32 `[B]`, its tokens
+        with the T new ones. `valid` uint8 `[B, *]`, 0 for tokens that nobody attends to. A query
+        that sees nothing gives zeros. `form` asks for `absorbed` or `expanded`; without it each
+        sequence takes the one that does less work. Raises ValueError where lengths or
+        block_table point outside the cache.
+        """
+
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def qk_nope_head_dim(self) -> int: ...
+    @property
+    def qk_rope_head_dim(self) -> int: ...
+    @property
+    def v_head_dim(self) -> int: ...
+    @property
+    def kv_lora_rank(self) -> int: ...
     @property
     def format(self) -> str: ...
     @property

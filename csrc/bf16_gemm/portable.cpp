@@ -15,7 +15,7 @@ float to_float(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t
 void bf16_gemm_portable(const gemm_args& args) {
   record_run(operation::bf16_gemm, isa::portable);
   assert(args.k > 0 && args.k % bf16_gemm_k_multiple == 0);
-  assert(args.n % gemm_n_multiple == 0);
+  assert(args.n % bf16_gemm_n_multiple == 0);
   for (int64_t j = 0; j < args.n; j += panel_outputs) {
     const uint16_t* panel = static_cast<const uint16_t*>(args.packed) + j * args.k;
     for (int64_t i = 0; i < args.m; ++i) {

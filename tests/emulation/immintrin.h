@@ -40,6 +40,7 @@ KT_INTRINSIC __m512 _mm512_loadu_ps(const void* p) {
   return v;
 }
 KT_INTRINSIC void _mm512_storeu_ps(void* p, __m512 v) { memcpy(p, &v, sizeof(v)); }
+KT_INTRINSIC void _mm512_storeu_si512(void* p, __m512i v) { memcpy(p, &v, sizeof(v)); }
 KT_INTRINSIC void _mm_storeu_si128(__m128i* p, __m128i v) { memcpy(p, &v, sizeof(v)); }
 KT_INTRINSIC __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
   __m512 v = {};
@@ -99,6 +100,7 @@ KT_INTRINSIC __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
   return (__m512i)((kt_u32x16)a - (kt_u32x16)b);
 }
 KT_INTRINSIC __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
+KT_INTRINSIC __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 KT_INTRINSIC __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
 KT_INTRINSIC __m512i _mm512_slli_epi32(__m512i a, unsigned count) {
   return (__m512i)((kt_u32x16)a << count);
@@ -213,6 +215,13 @@ KT_INTRINSIC __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, kt_unordered) {
   __mmask16 mask = 0;
   for (int i = 0; i < 16; ++i) {
     if (__builtin_isunordered(a[i], b[i])) mask = (__mmask16)(mask | 1u << i);
+  }
+  return mask;
+}
+KT_INTRINSIC __mmask16 _mm512_cmpgt_epi32_mask(__m512i a, __m512i b) {
+  __mmask16 mask = 0;
+  for (int i = 0; i < 16; ++i) {
+    if (a[i] > b[i]) mask = (__mmask16)(mask | 1u << i);
   }
   return mask;
 }

@@ -57,6 +57,16 @@ def test_bf16_product_is_within_the_derived_bound(kernels: Variant, m: int, n: i
         assert bf16_gemm_is_close(kernels.native, kernels.isa, a, w), k
 
 
+@pytest.mark.parametrize("n", [16, 48, 80])
+@pytest.mark.parametrize("kernels", variants("bf16_gemm"), indirect=True)
+def test_bf16_product_takes_an_odd_number_of_panels(kernels: Variant, n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    for m in (1, 11, 12, 13, 16, 17, 33):
+        a = torch.randn(m, 96, generator=generator).bfloat16()
+        w = torch.randn(n, 96, generator=generator).bfloat16()
+        assert bf16_gemm_is_close(kernels.native, kernels.isa, a, w), m
+
+
 @pytest.mark.parametrize("a_value", [-127, 127, 0])
 @pytest.mark.parametrize("extreme", [0, 1])
 @pytest.mark.parametrize(("format", "kernels"), format_variants(*INTEGERS), indirect=["kernels"])

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+import latent_attention
+from attention_reference import Form
 from ktransformers import _native
+from latent_attention import Sizes, random_attention
 from native_variants import (
     BUILD,
     ROOT,
@@ -30,6 +33,7 @@ from packed_layer import forward, random_layer, random_request
 OPERATIONS = {
     *("quantize_rows", "sum_groups", "int8_gemm", "int4_gemm", "bf16_gemm", "silu_mul"),
     *("weighted_add", "round_rows", "int4_quantize", "int8_peak", "bf16_peak"),
+    *("softmax_step", "rescale_add", "dequantise_rows", "pair_rows", "transpose_pairs"),
 }
 ISAS = {"portable", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}
 
@@ -77,6 +81,24 @@ def test_layer_runs_the_kernels_of_its_isa_and_no_others(format: str, kernels: V
     operations = {*rows[format], gemm_of(format), "silu_mul", "weighted_add", "round_rows"}
     assert (gemm_of(format), kernels.isa) in ran
     assert ran == {(op, best(kernels.native, op, kernels.isa)) for op in operations}
+
+
+@pytest.mark.parametrize("kernels", variants("bf16_gemm"), indirect=True)
+def test_attention_runs_the_kernels_of_its_isa_and_no_others(kernels: Variant) -> None:
+    of = random_attention(Sizes())
+    native = of.native(kernels.native, isa=kernels.isa)
+    assert native.isa == kernels.isa
+    request = latent_attention.random_request(of.sizes, [40], 20, cache="int8")
+    steps = {"softmax_step", "rescale_add", "dequantise_rows", "pair_rows", "transpose_pairs"}
+    everywhere = {"bf16_gemm", "round_rows", *steps}
+    forms: tuple[tuple[Form, set[str]], ...] = (("absorbed", {"weighted_add"}), ("expanded", set()))
+    for form, own in forms:
+        before = kernels.native.kernel_runs()
+        latent_attention.forward(native, request, form)
+        after = kernels.native.kernel_runs()
+        ran = {kernel for kernel in after if after[kernel] != before[kernel]}
+        operations = everywhere | own
+        assert ran == {(op, best(kernels.native, op, kernels.isa)) for op in operations}
 
 
 def test_variable_caps_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:

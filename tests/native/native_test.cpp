@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "experts/experts.h"
+#include "mla/mla.h"
 #include "thread_pool.h"
 #include "topology.h"
 #include "weights/pack.h"
@@ -156,6 +158,57 @@ void test_more_than_one_chunk(std::mt19937& random, kt::weight_format format) {
   }
 }
 
+// Two sequences in pages of 16 tokens, the last of them not full, with holes.
+void test_attention(std::mt19937& random, kt::weight_format format) {
+  const int64_t heads = 3, latent = 48, rope = 8, nope = 24, value = 40, page = 16, tokens = 5;
+  std::vector<char> uk, uk_scale, uv, uv_scale;
+  for (int64_t h = 0; h < heads; ++h) {
+    pack_into(format, random, latent, nope, &uk, &uk_scale);
+    pack_into(format, random, value, latent, &uv, &uv_scale);
+  }
+  const kt::mla_weights weights{format,
+                                heads,
+                                latent,
+                                rope,
+                                nope,
+                                value,
+                                {uk.data(), uk_scale.data()},
+                                {uv.data(), uv_scale.data()}};
+  const std::vector<int32_t> table{9,  0,  1,  8,  7,  2,  3,  4,  5,  6,
+                                   10, 11, 12, 13, 14, 15, 16, 17, 18, 19};
+  const std::vector<int32_t> lengths{150, 7};
+  std::vector<uint8_t> valid(2 * 150, 1);
+  for (size_t i = 0; i < valid.size(); i += 7) valid[i] = 0;
+  const std::vector<float> q = normal(random, 2 * tokens * heads * (nope + rope));
+  const std::vector<float> c = normal(random, 20 * page * latent);
+  const std::vector<float> r = normal(random, 20 * page * rope);
+  std::vector<float> out(static_cast<size_t>(2 * tokens * heads * value));
+  const kt::mla_input input{
+      2,
+      tokens,
+      q.data(),
+      out.data(),
+      kt::float_type::fp32,
+      0.2f,
+      {page, c.data(), kt::latent_type::fp32, nullptr, r.data(), kt::float_type::fp32, table.data(),
+       10, lengths.data(), valid.data(), 150}};
+  for (kt::mla_form form : {kt::mla_form::absorbed, kt::mla_form::expanded}) {
+    for (isa level : usable_for(format)) {
+      std::vector<float> expected;
+      for (int threads : {1, 2, 4}) {
+        std::fill(out.begin(), out.end(), -1.0f);
+        for (int64_t sequence = 0; sequence < input.batch;) {
+          const kt::mla_chunk chunk = kt::mla_chunk_at(weights, input, form, sequence, 0);
+          kt::mla_forward(kt::select_kernels(level), weights, input, chunk, threads);
+          sequence += chunk.sequences;
+        }
+        if (expected.empty()) expected = out;
+        expect(same_bits(out, expected), "attention does not depend on threads");
+      }
+    }
+  }
+}
+
 void test_concurrent_callers(std::mt19937& random) {
   const layer made = make_layer(random, {kt::weight_kind::int4, 32}, 8, 96, 64);
   const request asked = make_request(random, made, 40, 3);
@@ -242,6 +295,7 @@ int main() {
   for (kt::weight_format format : kt::weight_formats()) {
     test_every_isa_and_thread_count(random, format);
     test_more_than_one_chunk(random, format);
+    test_attention(random, format);
   }
   test_concurrent_callers(random);
 #if !defined(__SANITIZE_THREAD__)

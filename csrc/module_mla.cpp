@@ -1,0 +1,296 @@
+// Attention for Python: its layer, which keeps its tensors alive and reads them in place, and the
+// kernels that only tests call by themselves.
+#include "module_mla.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "binding.h"
+#include "kernels.h"
+#include "mla/mla.h"
+#include "released_gil.h"
+#include "tensor_view.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kt {
+namespace {
+
+// As many tokens as a tile can name.
+constexpr int64_t max_tokens = int64_t{1} << 30;
+
+std::optional<mla_form> find_form(const std::optional<std::string>& wanted) {
+  if (!wanted) return {};
+  if (*wanted == "absorbed") return mla_form::absorbed;
+  if (*wanted == "expanded") return mla_form::expanded;
+  value_error("form='" + *wanted + "': expected absorbed, expanded or None");
+}
+
+// Every sequence's tokens are in pages that exist.
+void check_cache(const tensor_view& lengths, const tensor_view& table, int64_t pages,
+                 int64_t page_tokens, int64_t tokens, int64_t most) {
+  const int64_t max_pages = table.shape[1];
+  for (int64_t b = 0; b < lengths.shape[0]; ++b) {
+    const int64_t length = data<int32_t>(lengths)[b];
+    if (length < tokens || length > most) {
+      value_error("lengths[" + std::to_string(b) + "] is " + std::to_string(length) +
+                  ", expected " + std::to_string(tokens) + " to " + std::to_string(most) +
+                  ": the new tokens, and what block_table and valid have room for");
+    }
+    for (int64_t i = 0; i * page_tokens < length; ++i) {
+      const int64_t page = data<int32_t>(table)[b * max_pages + i];
+      if (page >= 0 && page < pages) continue;
+      value_error("block_table[" + std::to_string(b) + ", " + std::to_string(i) + "] is " +
+                  std::to_string(page) + ", expected 0 to " + std::to_string(pages - 1));
+    }
+  }
+}
+
+class mla_attention {
+ public:
+  mla_attention(nb::object uk, nb::object uk_scale, nb::object uv, nb::object uv_scale,
+                const std::string& format_name, int64_t num_heads, int64_t qk_nope_head_dim,
+                int64_t qk_rope_head_dim, int64_t v_head_dim, int64_t kv_lora_rank, double scaling,
+                std::optional<int> threads, const optional_isa& wanted)
+      : tensors_{uk, uk_scale, uv, uv_scale},
+        threads_(checked_threads(threads)),
+        scaling_(static_cast<float>(scaling)) {
+    const kt::isa cap = chosen_isa(wanted);
+    isa_ = selected_isa(operation::bf16_gemm, cap);
+    kernels_ = select_kernels(cap);
+    check_size("num_heads", num_heads, max_size);
+    check_size("qk_nope_head_dim", qk_nope_head_dim, max_size);
+    check_size("qk_rope_head_dim", qk_rope_head_dim, max_size);
+    check_size("v_head_dim", v_head_dim, max_size);
+    check_size("kv_lora_rank", kv_lora_rank, max_size);
+    const weight_format format = find_format(format_name);
+    const auto half = [&](nb::handle packed, const char* packed_name, nb::handle scale,
+                          const char* scale_name, int64_t n, int64_t k) {
+      const tensor_view p = view_tensor(packed, packed_name, {element::uint8},
+                                        {num_heads, packed_bytes(format, n, k)});
+      const tensor_view s = view_tensor(scale, scale_name, {scale_element(format)},
+                                        {num_heads, scale_count(format, n, k)});
+      return packed_matrix{data<const char>(p), data<const char>(s)};
+    };
+    const packed_matrix k =
+        half(uk, "uk_packed", uk_scale, "uk_scale", kv_lora_rank, qk_nope_head_dim);
+    const packed_matrix v = half(uv, "uv_packed", uv_scale, "uv_scale", v_head_dim, kv_lora_rank);
+    weights_ = {format, num_heads, kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim,
+                k,      v};
+  }
+
+  void forward(nb::handle q, nb::handle latent, nb::handle latent_scale, nb::handle rope,
+               nb::handle block_table, nb::handle lengths, nb::handle valid, nb::handle out,
+               const std::optional<std::string>& form) const {
+    const mla_input input =
+        view_input(q, latent, latent_scale, rope, block_table, lengths, valid, out);
+    const std::optional<mla_form> chosen = find_form(form);
+    int64_t sequence = 0, token = 0;
+    while (sequence < input.batch && token < input.tokens) {
+      const mla_chunk chunk = mla_chunk_at(weights_, input, chosen, sequence, token);
+      {
+        const released_gil release;
+        mla_forward(kernels_, weights_, input, chunk, threads_);
+      }
+      if (PyErr_CheckSignals() != 0) throw nb::python_error();
+      token = chunk.first_token + chunk.tokens;
+      if (token < input.tokens) continue;
+      token = 0;
+      sequence += chunk.sequences;
+    }
+  }
+
+  int64_t num_heads() const { return weights_.heads; }
+  int64_t qk_nope_head_dim() const { return weights_.nope; }
+  int64_t qk_rope_head_dim() const { return weights_.rope; }
+  int64_t v_head_dim() const { return weights_.value; }
+  int64_t kv_lora_rank() const { return weights_.latent; }
+  int threads() const { return threads_; }
+  std::string format() const { return format_name(weights_.format); }
+  std::string isa() const { return isa_name(isa_); }
+  static int traverse(PyObject* self, visitproc visit, void* arg);
+  static int clear(PyObject* self);
+
+ private:
+  static constexpr int64_t max_size = gemm_max_k / 4;
+
+  mla_input view_input(nb::handle q, nb::handle latent, nb::handle latent_scale, nb::handle rope,
+                       nb::handle block_table, nb::handle lengths, nb::handle valid,
+                       nb::handle out) const;
+
+  std::vector<nb::object> tensors_;
+  int threads_;
+  float scaling_;
+  kt::isa isa_;
+  kernel_table kernels_;
+  mla_weights weights_;
+};
+
+mla_input mla_attention::view_input(nb::handle q, nb::handle latent, nb::handle latent_scale,
+                                    nb::handle rope, nb::handle block_table, nb::handle lengths,
+                                    nb::handle valid, nb::handle out) const {
+  const tensor_view qv =
+      view_tensor(q, "q", {element::bf16, element::fp32},
+                  {any_size, any_size, weights_.heads, weights_.nope + weights_.rope});
+  const int64_t batch = qv.shape[0], tokens = qv.shape[1];
+  const tensor_view o =
+      view_tensor(out, "out", {qv.type}, {batch, tokens, weights_.heads * weights_.value});
+  const tensor_view c = view_tensor(latent, "latent", {element::bf16, element::fp32, element::int8},
+                                    {any_size, any_size, weights_.latent});
+  const int64_t pages = c.shape[0], page_tokens = c.shape[1];
+  latent_cache cache{};
+  cache.page_tokens = page_tokens;
+  cache.latent = c.data;
+  cache.type = c.type == element::bf16   ? latent_type::bf16
+               : c.type == element::fp32 ? latent_type::fp32
+                                         : latent_type::int8;
+  if ((c.type == element::int8) == latent_scale.is_none()) {
+    value_error("latent_scale: expected for an int8 latent, and for no other");
+  }
+  if (c.type == element::int8) {
+    cache.scale = data<float>(
+        view_tensor(latent_scale, "latent_scale", {element::fp32}, {pages, page_tokens}));
+  }
+  const tensor_view r = view_tensor(rope, "rope", {element::bf16, element::fp32},
+                                    {pages, page_tokens, weights_.rope});
+  cache.rope = r.data;
+  cache.rope_type = as_float_type(r.type);
+  const tensor_view table =
+      view_tensor(block_table, "block_table", {element::int32}, {batch, any_size});
+  cache.block_table = data<int32_t>(table);
+  cache.max_pages = table.shape[1];
+  const tensor_view l = view_tensor(lengths, "lengths", {element::int32}, {batch});
+  cache.lengths = data<int32_t>(l);
+  int64_t most = std::min(max_tokens, cache.max_pages * page_tokens);
+  if (!valid.is_none()) {
+    const tensor_view v = view_tensor(valid, "valid", {element::uint8}, {batch, any_size});
+    cache.valid = data<uint8_t>(v);
+    cache.valid_stride = v.shape[1];
+    most = std::min(most, v.shape[1]);
+  }
+  check_cache(l, table, pages, page_tokens, tokens, most);
+  return {batch, tokens, qv.data, o.data, as_float_type(qv.type), scaling_, cache};
+}
+
+int mla_attention::traverse(PyObject* self, visitproc visit, void* arg) {
+#if PY_VERSION_HEX >= 0x03090000
+  Py_VISIT(Py_TYPE(self));
+#endif
+  if (!nb::inst_ready(self)) return 0;
+  for (nb::object& tensor : nb::inst_ptr<mla_attention>(self)->tensors_) Py_VISIT(tensor.ptr());
+  return 0;
+}
+
+// Only for a layer that the garbage collector has found unreachable: it cannot be called again.
+int mla_attention::clear(PyObject* self) {
+  if (!nb::inst_ready(self)) return 0;
+  for (nb::object& tensor : nb::inst_ptr<mla_attention>(self)->tensors_) tensor.reset();
+  return 0;
+}
+
+PyType_Slot attention_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(mla_attention::traverse)},
+                                 {Py_tp_clear, reinterpret_cast<void*>(mla_attention::clear)},
+                                 {0, nullptr}};
+
+void check_multiple(const char* name, int64_t value, int64_t multiple) {
+  if (value % multiple == 0) return;
+  value_error(std::string(name) + ": expected a multiple of " + std::to_string(multiple) +
+              ", got " + std::to_string(value));
+}
+
+void bind_softmax_step(nb::handle scores, double scale, nb::handle seen, nb::handle maximum,
+                       nb::handle sum, nb::handle factor, nb::handle p,
+                       const optional_isa& wanted) {
+  const tensor_view s = view_tensor(scores, "scores", {element::fp32}, {any_size, any_size});
+  const int64_t keys = s.shape[0], columns = s.shape[1];
+  check_multiple("rows of scores", keys, 2);
+  check_multiple("columns of scores", columns, 16);
+  const tensor_view visible = view_tensor(seen, "seen", {element::int32}, {columns});
+  const tensor_view m = view_tensor(maximum, "maximum", {element::fp32}, {columns});
+  const tensor_view total = view_tensor(sum, "sum", {element::fp32}, {columns});
+  const tensor_view f = view_tensor(factor, "factor", {element::fp32}, {columns});
+  const tensor_view pv = view_tensor(p, "p", {element::bf16}, {keys / 2, columns, 2});
+  select_kernels(chosen_isa(wanted))
+      .softmax_step({keys, columns, data<float>(s), static_cast<float>(scale),
+                     data<int32_t>(visible), data<float>(m), data<float>(total), data<float>(f),
+                     data<uint16_t>(pv)});
+}
+
+void bind_rescale_add(nb::handle factor, nb::handle x, nb::handle acc, const optional_isa& wanted) {
+  const tensor_view xv = view_tensor(x, "x", {element::fp32}, {any_size, any_size});
+  const int64_t rows = xv.shape[0], n = xv.shape[1];
+  check_multiple("columns of x", n, 16);
+  const tensor_view f = view_tensor(factor, "factor", {element::fp32}, {rows});
+  const tensor_view a = view_tensor(acc, "acc", {element::fp32}, {rows, n});
+  select_kernels(chosen_isa(wanted))
+      .rescale_add({rows, n, data<float>(f), data<float>(xv), n, data<float>(a), n});
+}
+
+void bind_dequantise_rows(nb::handle q, nb::handle scale, nb::handle out,
+                          const optional_isa& wanted) {
+  const tensor_view qv = view_tensor(q, "q", {element::int8}, {any_size, any_size});
+  const int64_t rows = qv.shape[0], n = qv.shape[1];
+  const tensor_view s = view_tensor(scale, "scale", {element::fp32}, {rows});
+  const tensor_view o = view_tensor(out, "out", {element::bf16}, {rows, n});
+  select_kernels(chosen_isa(wanted))
+      .dequantise_rows({rows, n, data<int8_t>(qv), data<float>(s), data<uint16_t>(o), n});
+}
+
+void bind_pair_rows(nb::handle x, nb::handle packed, const optional_isa& wanted) {
+  const tensor_view xv = view_tensor(x, "x", {element::bf16}, {any_size, any_size});
+  const int64_t rows = xv.shape[0], n = xv.shape[1];
+  check_multiple("rows of x", rows, 2);
+  check_multiple("columns of x", n, 16);
+  const tensor_view p = view_tensor(packed, "packed", {element::bf16}, {n / 16, rows / 2, 16, 2});
+  select_kernels(chosen_isa(wanted)).pair_rows({rows, n, data<uint16_t>(xv), n, data<uint16_t>(p)});
+}
+
+void bind_transpose_pairs(nb::handle x, nb::handle out, const optional_isa& wanted) {
+  const tensor_view xv = view_tensor(x, "x", {element::bf16}, {any_size, any_size, 2});
+  const int64_t rows = xv.shape[0], n = xv.shape[1];
+  check_multiple("rows of x", rows, 8);
+  check_multiple("pairs in a row of x", n, 8);
+  const tensor_view o = view_tensor(out, "out", {element::bf16}, {n, rows, 2});
+  select_kernels(chosen_isa(wanted))
+      .transpose_pairs({rows, n, data<uint16_t>(xv), n, data<uint16_t>(o), rows});
+}
+
+}  // namespace
+
+void bind_mla(nb::module_& m) {
+  m.def("softmax_step", &bind_softmax_step, "scores"_a, "scale"_a, "seen"_a, "maximum"_a, "sum"_a,
+        "factor"_a, "p"_a, nb::kw_only(), "isa"_a = nb::none());
+  m.def("rescale_add", &bind_rescale_add, "factor"_a, "x"_a, "acc"_a, nb::kw_only(),
+        "isa"_a = nb::none());
+  m.def("dequantise_rows", &bind_dequantise_rows, "q"_a, "scale"_a, "out"_a, nb::kw_only(),
+        "isa"_a = nb::none());
+  m.def("pair_rows", &bind_pair_rows, "x"_a, "packed"_a, nb::kw_only(), "isa"_a = nb::none());
+  m.def("transpose_pairs", &bind_transpose_pairs, "x"_a, "out"_a, nb::kw_only(),
+        "isa"_a = nb::none());
+  nb::class_<mla_attention>(m, "MlaAttention", nb::type_slots(attention_slots))
+      .def(nb::init<nb::object, nb::object, nb::object, nb::object, const std::string&, int64_t,
+                    int64_t, int64_t, int64_t, int64_t, double, std::optional<int>,
+                    const optional_isa&>(),
+           "uk_packed"_a, "uk_scale"_a, "uv_packed"_a, "uv_scale"_a, nb::kw_only(), "format"_a,
+           "num_heads"_a, "qk_nope_head_dim"_a, "qk_rope_head_dim"_a, "v_head_dim"_a,
+           "kv_lora_rank"_a, "scaling"_a, "threads"_a = nb::none(), "isa"_a = nb::none())
+      .def("forward", &mla_attention::forward, "q"_a, "latent"_a, "latent_scale"_a.none(), "rope"_a,
+           "block_table"_a, "lengths"_a, "valid"_a.none(), "out"_a, nb::kw_only(),
+           "form"_a = nb::none())
+      .def_prop_ro("num_heads", &mla_attention::num_heads)
+      .def_prop_ro("qk_nope_head_dim", &mla_attention::qk_nope_head_dim)
+      .def_prop_ro("qk_rope_head_dim", &mla_attention::qk_rope_head_dim)
+      .def_prop_ro("v_head_dim", &mla_attention::v_head_dim)
+      .def_prop_ro("kv_lora_rank", &mla_attention::kv_lora_rank)
+      .def_prop_ro("format", &mla_attention::format)
+      .def_prop_ro("threads", &mla_attention::threads)
+      .def_prop_ro("isa", &mla_attention::isa);
+}
+
+}  // namespace kt
