@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -127,11 +127,12 @@ def stream(
         cache.check_model(model.config)
         check_fits(T + limit - 1, cache.max_tokens)  # the last token is never read
     streamer = _TokenQueue(timing or Timing())
-    stop = threading.Event()
+    go, stop = threading.Event(), threading.Event()
 
     def run() -> None:
         end: _End = _End()
         try:
+            go.wait()
             with _stopped_by(stop, model), last_position_only(model), _kept(cache, streamer):
                 streamer.begin()
                 if cache is not None:
@@ -152,12 +153,15 @@ def stream(
             streamer.queue.put(end)
 
     thread = threading.Thread(target=run, name="generate")
-    thread.start()
     try:
+        thread.start()
+        go.set()  # no sooner: Ctrl-C in start() must find a thread that does nothing yet
         yield from whole_characters(tokenizer, streamer.token_ids())
     finally:
         stop.set()
-        thread.join()
+        go.set()
+        with suppress(RuntimeError):  # it is only just starting, and ends at its first layer
+            thread.join()
 
 
 def _prefill_all_but_one_chunk(
