@@ -18,7 +18,6 @@ from torch.utils.dlpack import from_dlpack
 
 from ktransformers import _native
 from ktransformers.base import Checkpoint, PackedOperator
-from ktransformers.checkpoint import read_checked
 from ktransformers.cpu_options import affinity
 
 PANEL = 32  # outputs that lie together in every packed layout
@@ -95,6 +94,7 @@ class PackedMatrices:
     dtype: torch.dtype
     matrices: int
     n: int  # outputs of each
+    in_one_part: bool = False  # in every mode: what reads it knows no nodes
 
     @property
     def outputs(self) -> int:
@@ -106,10 +106,15 @@ class PackedMatrices:
         """Elements of one output."""
         return torch.Size(self.shape).numel() // (self.matrices * self.outputs)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one copy."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
     def plan(self, placement: Placement) -> list[_native.NumaPart]:
         """Return the parts that a placement cuts the tensor into."""
         return _native.numa_plan(
-            placement.mode,
+            "interleave" if self.in_one_part else placement.mode,
             matrices=self.matrices,
             outputs=self.outputs,
             output_bytes=max(self.per_output * self.dtype.itemsize, 1),  # bf16 has no scales
@@ -202,11 +207,14 @@ class PlacedOperator(PackedOperator):
 
     def packed_bytes(self) -> int:
         """Return the bytes of all packed weights, copies included."""
-        return super().packed_bytes() * self.placement.copies
+        return sum(
+            of.nbytes * (1 if of.in_one_part else self.placement.copies)
+            for of in self.packed_matrices().values()
+        )
 
     def buffer_names(self, tensor: str) -> list[str]:
         """Name the buffers that hold a tensor of the layout, one for each part."""
-        if not self.placement.in_parts:
+        if not self.placement.in_parts or self.packed_matrices()[tensor].in_one_part:
             return [tensor]
         return [f"{tensor}_node{node}" for node in self.placement.nodes]
 
@@ -255,20 +263,3 @@ class PlacedOperator(PackedOperator):
             for name, part in zip(self.buffer_names(tensor), placed.parts, strict=True):
                 setattr(self, name, part)
         self.compute_with({name: placed.parts for name, placed in memory.items()})
-
-    def pack_matrix(
-        self,
-        checkpoint: Checkpoint,
-        name: str,
-        shape: tuple[int, int],
-        packed: PlacedTensor,
-        scale: PlacedTensor,
-        index: int,
-    ) -> None:
-        """Read a matrix of the checkpoint and pack it as the `index`th of two tensors."""
-        weight = read_checked(checkpoint, name, shape)
-        try:
-            with packed.matrix(index) as bytes_of_it, scale.matrix(index) as scale_of_it:
-                _native.pack(weight, bytes_of_it, scale_of_it, self.weight_format)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.infos()[name].file}: {name}: {error}") from None

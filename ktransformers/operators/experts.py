@@ -29,10 +29,10 @@ from ktransformers.base import Checkpoint, Footprint, Site
 from ktransformers.cpu_options import (
     check_site,
     chunk_size,
-    scale_dtype,
     thread_count,
     weight_format,
 )
+from ktransformers.packed_weights import ExpertsWeights
 from ktransformers.placement import (
     PackedMatrices,
     PlacedOperator,
@@ -40,8 +40,6 @@ from ktransformers.placement import (
     Placement,
     weight_placement,
 )
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class CpuExperts(PlacedOperator):
@@ -76,6 +74,8 @@ class CpuExperts(PlacedOperator):
         self.moe_intermediate_size = width
         self.threads = threads
         self.chunk_tokens = chunk_tokens
+        modules = tuple(f"{site.name}.{expert}" for expert in range(num_experts))
+        self.weights = ExpertsWeights(modules, hidden_size, width, weight_format)
         self._layer: _native.Experts | None = None
         self.place(placement)
 
@@ -140,20 +140,7 @@ class CpuExperts(PlacedOperator):
 
     def packed_matrices(self) -> dict[str, PackedMatrices]:
         """Name the packed integers and their scales, gate before up."""
-        E, D, F = self.num_experts, self.hidden_size, self.moe_intermediate_size
-        name = self.weight_format
-        gate_up, down = _native.packed_bytes(F, D, name), _native.packed_bytes(D, F, name)
-        scale = scale_dtype(name)
-        gate_up_scales, down_scales = (
-            _native.scale_count(F, D, name),
-            _native.scale_count(D, F, name),
-        )
-        return {
-            "gate_up_packed": PackedMatrices((E, 2 * gate_up), torch.uint8, 2 * E, F),
-            "gate_up_scale": PackedMatrices((E, 2, gate_up_scales), scale, 2 * E, F),
-            "down_packed": PackedMatrices((E, down), torch.uint8, E, D),
-            "down_scale": PackedMatrices((E, down_scales), scale, E, D),
-        }
+        return self.weights.matrices()
 
     def packed_format(self) -> str:
         """Say which of the formats of `csrc/` the bytes are in."""
@@ -173,40 +160,16 @@ class CpuExperts(PlacedOperator):
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name three matrices per expert."""
-        D, F = self.hidden_size, self.moe_intermediate_size
-        return {
-            self._weight_name(expert, projection): (D, F) if projection == "down_proj" else (F, D)
-            for expert in range(self.num_experts)
-            for projection in PROJECTIONS
-        }
-
-    def _weight_name(self, expert: int, projection: str) -> str:
-        return f"{self.site.name}.{expert}.{projection}.weight"
+        return self.weights.shapes()
 
     def pack_into(self, memory: Mapping[str, PlacedTensor], checkpoint: Checkpoint) -> None:
         """Read, quantise and pack three matrices per expert."""
-        D, F = self.hidden_size, self.moe_intermediate_size
-        gate_up = memory["gate_up_packed"], memory["gate_up_scale"]
-        down = memory["down_packed"], memory["down_scale"]
-        for expert in range(self.num_experts):
-            for projection, shape, tensors, index in (
-                ("gate_proj", (F, D), gate_up, 2 * expert),
-                ("up_proj", (F, D), gate_up, 2 * expert + 1),
-                ("down_proj", (D, F), down, expert),
-            ):
-                name = self._weight_name(expert, projection)
-                self.pack_matrix(checkpoint, name, shape, *tensors, index)
+        self.weights.pack(memory, checkpoint)
 
     def compute_with(self, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
         """Build the native layer on these tensors."""
-        self._layer = _native.Experts(
-            parts["gate_up_packed"],
-            parts["gate_up_scale"],
-            parts["down_packed"],
-            parts["down_scale"],
-            format=self.weight_format,
-            hidden_size=self.hidden_size,
-            moe_intermediate_size=self.moe_intermediate_size,
+        self._layer = self.weights.build(
+            parts,
             threads=self.threads,
             chunk_tokens=self.chunk_tokens,
             numa=self.placement.mode,

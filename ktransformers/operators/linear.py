@@ -24,10 +24,10 @@ from ktransformers.base import Checkpoint, Footprint, Site
 from ktransformers.cpu_options import (
     check_site,
     chunk_size,
-    scale_dtype,
     thread_count,
     weight_format,
 )
+from ktransformers.packed_weights import LinearWeights
 from ktransformers.placement import (
     PackedMatrices,
     PlacedOperator,
@@ -61,6 +61,7 @@ class CpuLinear(PlacedOperator):
         self.weight_format = weight_format
         self.threads = threads
         self.chunk_tokens = chunk_tokens
+        self.weights = LinearWeights(site.name, out_features, in_features, weight_format)
         self._layer: _native.Linear | None = None
         self.place(placement)
 
@@ -114,12 +115,7 @@ class CpuLinear(PlacedOperator):
 
     def packed_matrices(self) -> dict[str, PackedMatrices]:
         """Name the packed weights and their scales."""
-        N, K, name = self.out_features, self.in_features, self.weight_format
-        packed, scales = _native.packed_bytes(N, K, name), _native.scale_count(N, K, name)
-        return {
-            "packed": PackedMatrices((packed,), torch.uint8, 1, N),
-            "scale": PackedMatrices((scales,), scale_dtype(name), 1, N),
-        }
+        return self.weights.matrices()
 
     def packed_format(self) -> str:
         """Say which of the formats of `csrc/` the bytes are in."""
@@ -133,22 +129,16 @@ class CpuLinear(PlacedOperator):
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name the one matrix."""
-        return {f"{self.site.name}.weight": (self.out_features, self.in_features)}
+        return self.weights.shapes()
 
     def pack_into(self, memory: Mapping[str, PlacedTensor], checkpoint: Checkpoint) -> None:
         """Read, quantise and pack the one matrix."""
-        shape = (self.out_features, self.in_features)
-        (name,) = self.weight_shapes()
-        self.pack_matrix(checkpoint, name, shape, memory["packed"], memory["scale"], 0)
+        self.weights.pack(memory, checkpoint)
 
     def compute_with(self, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
         """Build the native layer on these tensors."""
-        self._layer = _native.Linear(
-            parts["packed"],
-            parts["scale"],
-            format=self.weight_format,
-            in_features=self.in_features,
-            out_features=self.out_features,
+        self._layer = self.weights.build(
+            parts,
             threads=self.threads,
             chunk_tokens=self.chunk_tokens,
             numa=self.placement.mode,
