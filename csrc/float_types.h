@@ -43,6 +43,15 @@ inline float load_float(const void* x, float_type type, int64_t index) {
   return 0.0f;
 }
 
+// Rounds to nearest even; `type` is bf16 or fp32.
+inline void store_float(void* out, float_type type, int64_t index, float value) {
+  if (type == float_type::bf16) {
+    static_cast<uint16_t*>(out)[index] = float_to_bf16(value);
+  } else {
+    static_cast<float*>(out)[index] = value;
+  }
+}
+
 inline int64_t float_type_size(float_type type) { return type == float_type::fp32 ? 4 : 2; }
 
 }  // namespace kt

@@ -29,11 +29,14 @@ enum class operation : uint8_t {
   dequantise_rows,
   pair_rows,
   transpose_pairs,
+  rms_norm,
+  add_rows,
+  router_logits,
   int8_peak,
   int4_peak,
   bf16_peak
 };
-constexpr int operation_count = 17;
+constexpr int operation_count = 20;
 
 // True where the processor has every instruction of the set and the operating system saves its
 // registers. Lives in a file of its own so that a test build can replace it.

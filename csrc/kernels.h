@@ -9,7 +9,9 @@
 #include "int4_quantize/int4_quantize.h"
 #include "int8_gemm/int8_gemm.h"
 #include "isa.h"
+#include "norm/norm.h"
 #include "quantize/quantize.h"
+#include "router/router.h"
 #include "silu/silu.h"
 
 namespace kt {
@@ -32,6 +34,9 @@ struct kernel_table {
   dequantise_rows_fn* dequantise_rows;
   pair_rows_fn* pair_rows;
   transpose_pairs_fn* transpose_pairs;
+  rms_norm_fn* rms_norm;
+  add_rows_fn* add_rows;
+  router_logits_fn* router_logits;
   peak_fn* int8_peak;
   peak_fn* int4_peak;
   peak_fn* bf16_peak;

@@ -17,6 +17,7 @@
 #include "bench/read_bandwidth.h"
 #include "binding.h"
 #include "kernels.h"
+#include "module_decoder.h"
 #include "module_engine.h"
 #include "module_layers.h"
 #include "module_mla.h"
@@ -293,6 +294,7 @@ NB_MODULE(_native, m) {
         nb::kw_only(), "isa"_a = nb::none());
   bind_layers(m);
   bind_mla(m);
+  bind_decoder(m);
   bind_engine(m);
   park_threads_at_exit();  // after bind_engine: exit handlers run in reverse
 }

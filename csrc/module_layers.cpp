@@ -243,6 +243,7 @@ class experts : public packed_layer {
               [&](int64_t begin, int64_t count) { compute(input, begin, count); });
   }
 
+  const experts_weights& weights() const { return weights_; }
   int64_t num_experts() const { return weights_.num_experts; }
   int64_t hidden_size() const { return weights_.hidden_size; }
   int64_t moe_intermediate_size() const { return weights_.moe_intermediate_size; }
@@ -288,12 +289,20 @@ class linear : public packed_layer {
     });
   }
 
+  const linear_weights& weights() const { return weights_; }
   int64_t in_features() const { return weights_.in_features; }
   int64_t out_features() const { return weights_.out_features; }
 
  private:
   linear_weights weights_;
 };
+
+template <typename layer>
+const layer& layer_in(nb::handle object, const char* name, const char* expected) {
+  const layer* found = nullptr;
+  if (nb::try_cast(object, found) && found) return *found;
+  throw nb::type_error((std::string(name) + ": expected " + expected).c_str());
+}
 
 template <typename layer>
 int traverse_layer(PyObject* self, visitproc visit, void* arg) {
@@ -320,6 +329,14 @@ const experts* layer_of(const experts_call& call) {
 }
 
 }  // namespace
+
+const linear_weights& linear_weights_of(nb::handle object, const char* name) {
+  return layer_in<linear>(object, name, "a Linear").weights();
+}
+
+const experts_weights& experts_weights_of(nb::handle object, const char* name) {
+  return layer_in<experts>(object, name, "Experts").weights();
+}
 
 bool is_experts(nb::handle object) { return nb::isinstance<experts>(object); }
 

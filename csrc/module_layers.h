@@ -6,10 +6,16 @@
 #include <cstdint>
 
 #include "experts/experts.h"
+#include "linear/linear.h"
 
 namespace kt {
 
 void bind_layers(nanobind::module_& m);
+
+// What the classes Linear and Experts compute with, valid while the object lives. Both raise
+// TypeError, naming `name`, for another object.
+const linear_weights& linear_weights_of(nanobind::handle object, const char* name);
+const experts_weights& experts_weights_of(nanobind::handle object, const char* name);
 
 // A call of the class Experts, checked but for its indices; layer and tensors must outlive it.
 struct experts_call {

@@ -89,7 +89,7 @@ class mla_attention {
                nb::handle block_table, nb::handle lengths, nb::handle valid, nb::handle out,
                const std::optional<std::string>& form) const {
     const mla_input input =
-        view_input(q, latent, latent_scale, rope, block_table, lengths, valid, out);
+        view_input(q, {latent, latent_scale, rope, block_table, lengths, valid}, out);
     const std::optional<mla_form> chosen = find_form(form);
     int64_t sequence = 0, token = 0;
     while (sequence < input.batch && token < input.tokens) {
@@ -106,6 +106,7 @@ class mla_attention {
     }
   }
 
+  const mla_weights& weights() const { return weights_; }
   int64_t num_heads() const { return weights_.heads; }
   int64_t qk_nope_head_dim() const { return weights_.nope; }
   int64_t qk_rope_head_dim() const { return weights_.rope; }
@@ -120,9 +121,7 @@ class mla_attention {
  private:
   static constexpr int64_t max_size = gemm_max_k / 4;
 
-  mla_input view_input(nb::handle q, nb::handle latent, nb::handle latent_scale, nb::handle rope,
-                       nb::handle block_table, nb::handle lengths, nb::handle valid,
-                       nb::handle out) const;
+  mla_input view_input(nb::handle q, const cache_arguments& cached, nb::handle out) const;
 
   std::vector<nb::object> tensors_;
   int threads_;
@@ -132,50 +131,21 @@ class mla_attention {
   mla_weights weights_;
 };
 
-mla_input mla_attention::view_input(nb::handle q, nb::handle latent, nb::handle latent_scale,
-                                    nb::handle rope, nb::handle block_table, nb::handle lengths,
-                                    nb::handle valid, nb::handle out) const {
+mla_input mla_attention::view_input(nb::handle q, const cache_arguments& cached,
+                                    nb::handle out) const {
   const tensor_view qv =
       view_tensor(q, "q", {element::bf16, element::fp32},
                   {any_size, any_size, weights_.heads, weights_.nope + weights_.rope});
   const int64_t batch = qv.shape[0], tokens = qv.shape[1];
   const tensor_view o =
       view_tensor(out, "out", {qv.type}, {batch, tokens, weights_.heads * weights_.value});
-  const tensor_view c = view_tensor(latent, "latent", {element::bf16, element::fp32, element::int8},
-                                    {any_size, any_size, weights_.latent});
-  const int64_t pages = c.shape[0], page_tokens = c.shape[1];
-  latent_cache cache{};
-  cache.page_tokens = page_tokens;
-  cache.latent = c.data;
-  cache.type = c.type == element::bf16   ? latent_type::bf16
-               : c.type == element::fp32 ? latent_type::fp32
-                                         : latent_type::int8;
-  if ((c.type == element::int8) == latent_scale.is_none()) {
-    value_error("latent_scale: expected for an int8 latent, and for no other");
-  }
-  if (c.type == element::int8) {
-    cache.scale = data<float>(
-        view_tensor(latent_scale, "latent_scale", {element::fp32}, {pages, page_tokens}));
-  }
-  const tensor_view r = view_tensor(rope, "rope", {element::bf16, element::fp32},
-                                    {pages, page_tokens, weights_.rope});
-  cache.rope = r.data;
-  cache.rope_type = as_float_type(r.type);
-  const tensor_view table =
-      view_tensor(block_table, "block_table", {element::int32}, {batch, any_size});
-  cache.block_table = data<int32_t>(table);
-  cache.max_pages = table.shape[1];
-  const tensor_view l = view_tensor(lengths, "lengths", {element::int32}, {batch});
-  cache.lengths = data<int32_t>(l);
-  int64_t most = std::min(max_tokens, cache.max_pages * page_tokens);
-  if (!valid.is_none()) {
-    const tensor_view v = view_tensor(valid, "valid", {element::uint8}, {batch, any_size});
-    cache.valid = data<uint8_t>(v);
-    cache.valid_stride = v.shape[1];
-    most = std::min(most, v.shape[1]);
-  }
-  check_cache(l, table, pages, page_tokens, tokens, most);
-  return {batch, tokens, qv.data, o.data, as_float_type(qv.type), scaling_, cache};
+  return {batch,
+          tokens,
+          qv.data,
+          o.data,
+          as_float_type(qv.type),
+          scaling_,
+          view_cache(weights_, batch, tokens, cached)};
 }
 
 int mla_attention::traverse(PyObject* self, visitproc visit, void* arg) {
@@ -262,6 +232,53 @@ void bind_transpose_pairs(nb::handle x, nb::handle out, const optional_isa& want
 }
 
 }  // namespace
+
+const mla_weights& mla_weights_of(nb::handle object) {
+  const mla_attention* found = nullptr;
+  if (nb::try_cast(object, found) && found) return found->weights();
+  throw nb::type_error("attention: expected an MlaAttention");
+}
+
+latent_cache view_cache(const mla_weights& weights, int64_t batch, int64_t tokens,
+                        const cache_arguments& arguments) {
+  const tensor_view c =
+      view_tensor(arguments.latent, "latent", {element::bf16, element::fp32, element::int8},
+                  {any_size, any_size, weights.latent});
+  const int64_t pages = c.shape[0], page_tokens = c.shape[1];
+  latent_cache cache{};
+  cache.page_tokens = page_tokens;
+  cache.latent = c.data;
+  cache.type = c.type == element::bf16   ? latent_type::bf16
+               : c.type == element::fp32 ? latent_type::fp32
+                                         : latent_type::int8;
+  if ((c.type == element::int8) == arguments.latent_scale.is_none()) {
+    value_error("latent_scale: expected for an int8 latent, and for no other");
+  }
+  if (c.type == element::int8) {
+    cache.scale = data<float>(
+        view_tensor(arguments.latent_scale, "latent_scale", {element::fp32}, {pages, page_tokens}));
+  }
+  const tensor_view r = view_tensor(arguments.rope, "rope", {element::bf16, element::fp32},
+                                    {pages, page_tokens, weights.rope});
+  cache.rope = r.data;
+  cache.rope_type = as_float_type(r.type);
+  const tensor_view table =
+      view_tensor(arguments.block_table, "block_table", {element::int32}, {batch, any_size});
+  cache.block_table = data<int32_t>(table);
+  cache.max_pages = table.shape[1];
+  const tensor_view l = view_tensor(arguments.lengths, "lengths", {element::int32}, {batch});
+  cache.lengths = data<int32_t>(l);
+  int64_t most = std::min(max_tokens, cache.max_pages * page_tokens);
+  if (!arguments.valid.is_none()) {
+    const tensor_view v =
+        view_tensor(arguments.valid, "valid", {element::uint8}, {batch, any_size});
+    cache.valid = data<uint8_t>(v);
+    cache.valid_stride = v.shape[1];
+    most = std::min(most, v.shape[1]);
+  }
+  check_cache(l, table, pages, page_tokens, tokens, most);
+  return cache;
+}
 
 void bind_mla(nb::module_& m) {
   m.def("softmax_step", &bind_softmax_step, "scores"_a, "scale"_a, "seen"_a, "maximum"_a, "sum"_a,

@@ -31,7 +31,7 @@ int64_t scratch::bytes() const {
   return bytes_of(routed.token) + bytes_of(routed.weight) + bytes_of(routed.blocks) +
          bytes_of(routed.expert_begin) + x.bytes() + h.bytes() + h_prepared.bytes() +
          slices_left.bytes() + tiles.bytes() + bytes_of(absorbed.sequences) +
-         bytes_of(absorbed.tasks) + attention.bytes();
+         bytes_of(absorbed.tasks) + attention.bytes() + decoder.bytes();
 }
 
 int64_t scratch_bytes() { return total_bytes.load(std::memory_order_relaxed); }

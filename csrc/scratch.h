@@ -58,6 +58,7 @@ struct scratch {
   buffer<float> tiles;
   absorbed_plan absorbed;
   buffer<char> attention;
+  buffer<char> decoder;
 
   int64_t bytes() const;
 };

@@ -166,6 +166,38 @@ def pair_rows(x: Tensor, packed: Tensor, *, isa: str | None = None) -> None:
 def transpose_pairs(x: Tensor, out: Tensor, *, isa: str | None = None) -> None:
     """Transpose bf16 `[m, n, 2]` to `[n, m, 2]`, m and n multiples of 8."""
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, *, isa: str | None = None) -> None:
+    """Normalise each row of `x` `[m, n]`, all bf16 or all fp32 (csrc/norm/norm.h)."""
+
+def add_rows(a: Tensor, b: Tensor, out: Tensor, *, isa: str | None = None) -> None:
+    """Add `a` and `b` `[n]`, all bf16 or all fp32, rounded once (csrc/norm/norm.h)."""
+
+def router_logits(x: Tensor, weight: Tensor, out: Tensor, *, isa: str | None = None) -> None:
+    """Multiply `x` `[m, k]` with `weight` `[E, k]`, both bf16 or both fp32, to fp32 `[m, E]`."""
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor | None, out: Tensor, rotary: str) -> None:
+    """Turn pairs of `x` `[T, H, R]` by the angles of each token (csrc/rotary/rotary.h).
+
+    `cos`, `sin` and `rotary` as `DecoderLayer` takes them, of one sequence.
+    """
+
+def choose_experts(
+    logits: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    weight: Tensor,
+    *,
+    groups: int = 1,
+    top_groups: int = 1,
+    normalise: bool = False,
+    routed_scaling: float = 1.0,
+) -> None:
+    """Choose experts by fp32 `logits` `[T, E]` (csrc/router/router.h).
+
+    `index` int32 and `weight` fp32 `[T, K]`. With a `bias` fp32 `[E]` as DeepSeek-V3 does, by
+    sigmoid; without, as V2 does, by softmax.
+    """
+
 def bench_read_bandwidth(buffer: Tensor, threads: int | None = None, seconds: float = 0.2) -> float:
     """Return the bytes per second at which threads read a uint8 buffer, again and again."""
 
@@ -461,3 +493,100 @@ class MlaAttention:
     def threads(self) -> int: ...
     @property
     def isa(self) -> str: ...
+
+class DecoderLayer:
+    """A whole decoder layer of DeepSeek-V2 or V3 (csrc/decoder/decoder.h).
+
+    Holds references to the layers that it is made of and reads their weights in place.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_norm: Tensor,
+        q_a: Linear | None,
+        query_norm: Tensor | None,
+        q_b: Linear,
+        kv_a: Linear,
+        latent_norm: Tensor,
+        attention: MlaAttention,
+        o: Linear,
+        mlp_norm: Tensor,
+        mlp: Experts,
+        experts: Experts | None,
+        router: Tensor | None,
+        router_bias: Tensor | None,
+        scaling: float,
+        eps: float,
+        latent_eps: float,
+        rotary: str,
+        top_k: int = 1,
+        groups: int = 1,
+        top_groups: int = 1,
+        normalise: bool = False,
+        routed_scaling: float = 1.0,
+        threads: int | None = None,
+        chunk_tokens: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        """Check that the layers fit together; their own `threads` and `isa` play no part.
+
+        Norms and `router` `[E, D]` in the type of activations, bf16 or fp32. Without `q_a`, q_b
+        takes the hidden state itself. `mlp` has one expert: the dense MLP or the shared experts;
+        `experts` are the routed ones. `eps` of the norms of the hidden state, `latent_eps` of
+        those of what is compressed. `rotary`: `neighbours`, `neighbours_to_halves` or `halves`.
+        At most `chunk_tokens` are computed at a time, by default 1,024.
+        """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor | None,
+        latent: Tensor,
+        latent_scale: Tensor | None,
+        rope: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        valid: Tensor | None,
+        out: Tensor,
+        chosen: Tensor | None = None,
+        last_only: bool = False,
+    ) -> None:
+        """Compute `out` of `hidden_states`, both `[B, T, D]`, and cache the T new tokens.
+
+        `cos` and `sin` `[B or 1, T, R]`, bf16 or fp32, whose halves are equal; or without `sin`
+        `cos` fp32 `[B or 1, T, R / 2, 2]`, pairs of both. The cache as `MlaAttention.forward`
+        takes it: the new tokens are the last of `lengths` and are written there. `chosen` int32
+        `[B * T, top_k]` gets the experts of each token. With `last_only` the MLP is computed for
+        each sequence's last token alone, and `chosen` is `[B, top_k]`; the other rows of `out`
+        lack it.
+        """
+
+    def project(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor | None,
+        latent: Tensor,
+        rope: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        q: Tensor,
+    ) -> None:
+        """Do what comes before the cache; `q` `[B, T, H, Dn + R]` gets the queries."""
+
+    def finish(
+        self,
+        hidden_states: Tensor,
+        q: Tensor,
+        latent: Tensor,
+        rope: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        valid: Tensor | None,
+        out: Tensor,
+        chosen: Tensor | None = None,
+        last_only: bool = False,
+    ) -> None:
+        """Do what comes after the cache, with the queries of `project`; else as `forward`."""

@@ -108,6 +108,13 @@ class Operator(nn.Module):
         """
         return None
 
+    def watch_routing(self, record: Callable[[int, torch.Tensor], None] | None) -> None:
+        """Call `record(num_experts, top_k_index [T, K])` in every forward; None ends it.
+
+        For operators that do the work of router and experts in one, so that no module named
+        `experts` is called. Others do nothing.
+        """
+
 
 class PackedOperator(Operator):
     """An operator with weights packed in buffers: refuses, in a sentence, what they cannot do.

@@ -47,6 +47,14 @@ class LatentPages:
     block_table: torch.Tensor  # int32 [B, pages of a sequence]
     lengths: torch.Tensor  # int32 [B]: cached tokens, the new ones included
 
+    @classmethod
+    def of_sequences(cls, latent: torch.Tensor, rope: torch.Tensor, length: int) -> LatentPages:
+        """Take the first `length` rows of [B, >= L, C] and [B, >= L, R], a page per sequence."""
+        B = latent.shape[0]
+        table = torch.arange(B, dtype=torch.int32)[:, None]
+        lengths = torch.full((B,), length, dtype=torch.int32)
+        return cls(latent.contiguous(), None, rope.contiguous(), table, lengths)
+
 
 class LatentLayer(CacheLayerMixin):
     """One layer's values; its pages are those of the whole cache."""
@@ -112,9 +120,9 @@ class LatentLayer(CacheLayerMixin):
         self.length = end
         return self.pages()
 
-    def pages(self) -> LatentPages:
-        """Return what attention reads."""
-        lengths = torch.full((self.table.batch,), self.length, dtype=torch.int32)
+    def pages(self, new: int = 0) -> LatentPages:
+        """Return what attention reads, with room for new tokens that are reserved."""
+        lengths = torch.full((self.table.batch,), self.length + new, dtype=torch.int32)
         return LatentPages(self.latent, self.scale, self.rope, self.table.tensor(), lengths)
 
     def gather(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,8 +258,20 @@ class LatentCache(Cache):
         Raises ValueError where they do not fit, come for another number of sequences, or are of
         another model.
         """
-        self._prepare(layer_idx, latent, rope)
+        self._prepare(layer_idx, latent.shape, rope.shape[-1])
         return self.layers[layer_idx].append(latent, rope)
+
+    def make_room(self, layer_idx: int, B: int, T: int, C: int, R: int) -> LatentPages:
+        """Return where to write T new tokens of a layer: the last of each sequence.
+
+        They count as cached once `wrote` says so. Raises ValueError as `append` does.
+        """
+        self._prepare(layer_idx, (B, T, C), R)
+        return self.layers[layer_idx].pages(new=T)
+
+    def wrote(self, layer_idx: int, T: int) -> None:
+        """Count the tokens that a layer had room for and has written."""
+        self.layers[layer_idx].length += T
 
     def update(
         self,
@@ -262,13 +282,14 @@ class LatentCache(Cache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache latents [B, 1, T, C] and rope parts [B, 1, T, R]; return all, contiguous."""
-        self._prepare(layer_idx, key_states[:, 0], value_states[:, 0])
+        B, _, T, C = key_states.shape
+        self._prepare(layer_idx, (B, T, C), value_states.shape[-1])
         return super().update(key_states, value_states, layer_idx)
 
-    def _prepare(self, layer_idx: int, latent: torch.Tensor, rope: torch.Tensor) -> None:
-        """Have pages for new tokens in every sequence."""
-        B, T, C = latent.shape
-        self._check_sizes(max(layer_idx + 1, len(self.layers)), C, rope.shape[-1])
+    def _prepare(self, layer_idx: int, latent: Sequence[int], R: int) -> None:
+        """Have pages for new tokens in every sequence, of shapes [B, T, C] and [B, T, R]."""
+        B, T, C = latent
+        self._check_sizes(max(layer_idx + 1, len(self.layers)), C, R)
         layer = self.layers[layer_idx]
         self.check_request(B, layer.length + T)
         if self.table.batch != B:

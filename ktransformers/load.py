@@ -213,7 +213,8 @@ def _probe(model: PreTrainedModel, planned: Plan) -> float | None:
         if promised is None:
             continue
         name = replacement.site.name
-        measured = counter.by_layer.get(f"{name.rpartition('.')[0]}.experts")
+        beside = counter.by_layer.get(f"{name.rpartition('.')[0]}.experts")
+        measured = counter.by_layer.get(name, beside)
         if measured != promised:
             found = "no experts module ran" if measured is None else f"experts got {measured:g}"
             errors.append(

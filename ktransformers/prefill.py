@@ -165,6 +165,23 @@ def activation_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     return int(max(itemsize * max(mlp, attention), experts) + 4 * itemsize * D)
 
 
+class _Call(threading.local):
+    """The call that runs on a thread."""
+
+    last_only = False
+
+
+_call = _Call()
+
+
+def only_last_position() -> bool:
+    """Return whether the model's call that runs here wants the last position of each sequence.
+
+    For an operator in the last layer's place, which `last_position_only` can't look into.
+    """
+    return _call.last_only
+
+
 @contextmanager
 def last_position_only(model: PreTrainedModel) -> Iterator[None]:
     """Compute the last layer's MLP for the last position alone, where only its logits are kept.
@@ -174,36 +191,37 @@ def last_position_only(model: PreTrainedModel) -> Iterator[None]:
     """
     layers = getattr(model.base_model, "layers", None)
     mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, nn.ModuleList) else None
-    if mlp is None:
-        yield
-        return
     here = threading.get_ident()
-    alone = False
     length = 0
 
     def before_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal alone
         if threading.get_ident() == here:
             full = any(kwargs.get(k) or getattr(model.config, k, False) for k in FULL_OUTPUTS)
-            alone = kwargs.get("logits_to_keep") == 1 and not full
+            _call.last_only = kwargs.get("logits_to_keep") == 1 and not full
 
     def before_mlp(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         nonlocal length
-        if not alone or threading.get_ident() != here:
+        if not _call.last_only or threading.get_ident() != here:
             return None
         length = args[0].shape[1]
         return (args[0][:, -1:], *args[1:])
 
     def after_mlp(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
-        if not alone or threading.get_ident() != here or length == 1:
+        if not _call.last_only or threading.get_ident() != here or length == 1:
             return None
         return output.expand(-1, length, -1)  # nothing reads the others
 
-    handles = (
+    def after_model(*_: object) -> None:
+        if threading.get_ident() == here:
+            _call.last_only = False
+
+    handles = [
         model.register_forward_pre_hook(before_model, with_kwargs=True),
-        mlp.register_forward_pre_hook(before_mlp),
-        mlp.register_forward_hook(after_mlp),
-    )
+        model.register_forward_hook(after_model, always_call=True),
+    ]
+    if mlp is not None:
+        handles.append(mlp.register_forward_pre_hook(before_mlp))
+        handles.append(mlp.register_forward_hook(after_mlp))
     try:
         yield
     finally:

@@ -6,7 +6,8 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from ktransformers import _native
+from ktransformers.base import Operator
 from ktransformers.inject import Plan, format_replacements
 from ktransformers.placement import PlacedOperator
 
@@ -45,7 +47,7 @@ class ExpertCounter:
     """Counts the routed experts that tokens were really given, over layers."""
 
     def __init__(self) -> None:
-        self.by_layer: dict[str, float] = {}  # name of the experts module -> mean per token
+        self.by_layer: dict[str, float] = {}  # name of the module -> mean per token
         self._used: dict[str, int] = defaultdict(int)
         self._tokens: dict[str, int] = defaultdict(int)
 
@@ -68,11 +70,14 @@ def count_experts(model: nn.Module) -> Iterator[ExpertCounter]:
     """Count, while the context lasts, the experts that each token gets in `model`'s forwards.
 
     Looks at what arrives at the modules named `experts`, replaced or not, as transformers calls
-    them: `experts(hidden_states[T, D], top_k_index[T, K], top_k_weights[T, K])`.
+    them: `experts(hidden_states[T, D], top_k_index[T, K], top_k_weights[T, K])`; operators that
+    do the experts' work in one with the router's report it themselves, under their own name.
     """
     counter = ExpertCounter()
     handles = []
     for name, module in model.named_modules():
+        if isinstance(module, Operator):
+            module.watch_routing(partial(counter.record, name))
         takes = inspect.signature(module.forward).parameters
         if name.rpartition(".")[2] == "experts" and "top_k_index" in takes:
             handles.append(_watch(name, module, counter))
@@ -81,6 +86,9 @@ def count_experts(model: nn.Module) -> Iterator[ExpertCounter]:
     finally:
         for handle in handles:
             handle.remove()
+        for module in model.modules():
+            if isinstance(module, Operator):
+                module.watch_routing(None)
 
 
 def _watch(name: str, module: nn.Module, counter: ExpertCounter) -> Any:
@@ -111,12 +119,15 @@ def numa_lines(model: nn.Module) -> list[str]:
     for module in model.modules():
         if not isinstance(module, PlacedOperator):
             continue
-        placement = module.placement
-        line = str(placement) if module.is_bound else "mapped, bound to no node"
-        if module.is_bound and placement.unbound is not None:
-            line += f", not bound ({placement.unbound})"
-        line += f": {placement.copies} x " if placement.mode == "replicate" else ": "
-        totals[line] += module.packed_bytes() // placement.copies
+        for of in module.packed_matrices().values():
+            placement = module.placement
+            if of.in_one_part:
+                placement = replace(placement, mode="interleave")
+            line = str(placement) if module.is_bound else "mapped, bound to no node"
+            if module.is_bound and placement.unbound is not None:
+                line += f", not bound ({placement.unbound})"
+            line += f": {placement.copies} x " if placement.mode == "replicate" else ": "
+            totals[line] += of.nbytes
     return [f"{line}{nbytes / 2**20:,.1f} MiB" for line, nbytes in totals.items()]
 
 

@@ -31,7 +31,15 @@ from ktransformers.rule_file import (
 from ktransformers.rule_include import RuleFile, read_files, shipped_rules
 from ktransformers.rule_vars import merge_variables
 
-__all__ = ["Match", "Rule", "RuleError", "load_rules", "parse_layers", "shipped_rules"]
+__all__ = [
+    "Match",
+    "Rule",
+    "RuleError",
+    "load_rules",
+    "parse_layers",
+    "shipped_rules",
+    "top_k_of_layer",
+]
 
 MAX_PATTERN = 1_000  # characters of a regex
 
@@ -254,6 +262,25 @@ def parse_layers(value: Any) -> tuple[range, ...]:
         if high.start < low.stop:
             raise ValueError(f"{format_layers([low])} and {format_layers([high])} overlap")
     return ordered
+
+
+def top_k_of_layer(top_k: Mapping[str, int], layer: int | None, num_layers: int) -> int:
+    """Return the number that a mapping from layers to experts per token has for a layer.
+
+    Raises ValueError where it has none or several, or names layers that the model has not.
+    """
+    for layers in top_k:
+        if any(span.start >= num_layers for span in parse_layers(layers)):
+            raise ValueError(f"top_k names layers {layers}, but the model has {num_layers}")
+    numbers = {
+        number
+        for layers, number in top_k.items()
+        if layer is not None and any(layer in span for span in parse_layers(layers))
+    }
+    if len(numbers) != 1:
+        found = "no number" if not numbers else f"several numbers, {sorted(numbers)},"
+        raise ValueError(f"top_k gives {found} for layer {layer}: {dict(top_k)}")
+    return numbers.pop()
 
 
 def _parse_range(part: Any) -> range:

@@ -5,27 +5,13 @@
 #include <cstring>
 
 #include "../isa.h"
+#include "../lanes256.h"
 #include "combine.h"
 
 namespace kt {
 namespace {
 
-// Eight values as bf16 in the low 16 bits of each lane.
-__m256i to_bf16(__m256 y) {
-  const __m256i bits = _mm256_castps_si256(y);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(y, y, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
-}
-
-void round8_bf16(const float* y, uint16_t* out) {
-  const __m256i lanes = to_bf16(_mm256_loadu_ps(y));
-  const __m128i packed =
-      _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
-}
+void round8_bf16(const float* y, uint16_t* out) { store_bf16(out, _mm256_loadu_ps(y)); }
 
 void round8_fp32(const float* y, float* out) {
   const __m256 value = _mm256_loadu_ps(y);

@@ -226,10 +226,7 @@ class MlaAttention(PackedOperator):
             found = cache.update(latent[:, None], rope[:, None], self.layer_idx)
             latent, rope = (states[:, 0] for states in found)
             L = int(cache.get_seq_length(self.layer_idx))
-        B = latent.shape[0]
-        table = torch.arange(B, dtype=torch.int32)[:, None]
-        lengths = torch.full((B,), L, dtype=torch.int32)
-        return LatentPages(latent.contiguous(), None, rope.contiguous(), table, lengths), L
+        return LatentPages.of_sequences(latent, rope, L), L
 
     def extra_repr(self) -> str:
         """Show sizes, format and threads where the module tree is printed."""

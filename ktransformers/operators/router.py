@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from ktransformers.base import Checkpoint, Footprint, Operator, Site
 from ktransformers.checkpoint import check_finite, read_checked
-from ktransformers.rules import parse_layers
+from ktransformers.rules import top_k_of_layer
 
 
 class ReducedTopK(Operator):
@@ -47,7 +47,7 @@ class ReducedTopK(Operator):
             raise ValueError(f"{type(module).__name__} is no router: it has no integer top_k")
         chosen = top_k
         if isinstance(top_k, Mapping):
-            chosen = _of_layer(top_k, site.layer, site.config.num_hidden_layers)
+            chosen = top_k_of_layer(top_k, site.layer, site.config.num_hidden_layers)
         if type(chosen) is not int or not 1 <= chosen <= configured:
             raise ValueError(f"top_k {chosen!r} is not an integer from 1 to {configured}")
         shared = {id(t): t for t in chain(module.parameters(), module.buffers())}
@@ -92,18 +92,3 @@ class ReducedTopK(Operator):
     def extra_repr(self) -> str:
         """Show the number where the module tree is printed."""
         return f"top_k={self.top_k}"
-
-
-def _of_layer(top_k: Mapping[str, int], layer: int | None, num_layers: int) -> int:
-    for layers in top_k:
-        if any(span.start >= num_layers for span in parse_layers(layers)):
-            raise ValueError(f"top_k names layers {layers}, but the model has {num_layers}")
-    numbers = {
-        number
-        for layers, number in top_k.items()
-        if layer is not None and any(layer in span for span in parse_layers(layers))
-    }
-    if len(numbers) != 1:
-        found = "no number" if not numbers else f"several numbers, {sorted(numbers)},"
-        raise ValueError(f"top_k gives {found} for layer {layer}: {dict(top_k)}")
-    return numbers.pop()

@@ -35,6 +35,7 @@ OPERATIONS = {
     *("weighted_add", "round_rows", "int4_quantize"),
     *("int8_peak", "int4_peak", "bf16_peak"),
     *("softmax_step", "rescale_add", "dequantise_rows", "pair_rows", "transpose_pairs"),
+    *("rms_norm", "add_rows", "router_logits"),
 }
 ISAS = {"portable", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}
 

@@ -1,0 +1,372 @@
+"""CpuDecoderLayer in whole models, beside transformers' layers and our operators for parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
+
+from ktransformers import optimize_and_load
+from ktransformers.cache import LatentCache
+from ktransformers.packing import pack
+from ktransformers.placement import Placement
+from ktransformers.prefill import last_position_only
+from ktransformers.report import count_experts
+from ktransformers.rules import RuleError
+from ktransformers.weights import LoadError
+from tiny_models import random_model, v2_config, v3_config
+
+U16 = 2.0**-8  # half a step of bf16, relative
+# Every expert is chosen: a small difference before a router would make a jump of it.
+ALL = {"num_experts_per_tok": 8, "n_group": 1, "topk_group": 1}
+KWARGS: list[dict[str, Any]] = [
+    {"weight": "bf16"},
+    {"weight": "int8"},
+    {"weight": "int4", "group_size": 32},
+]
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "v2": lambda: v2_config(**ALL),
+    "v2 without q_lora, greedy": lambda: v2_config(**ALL, q_lora_rank=None, topk_method="greedy"),
+    "v3": lambda: v3_config(**ALL),
+    "v3 without q_lora, not interleaved": lambda: v3_config(
+        **ALL, q_lora_rank=None, rope_interleave=False
+    ),
+}
+IDS = torch.randint(3, 96, (3, 40), generator=torch.Generator().manual_seed(0))
+LEFT, RIGHT = torch.ones_like(IDS), torch.ones_like(IDS)
+LEFT[0, :9] = LEFT[2, :25] = 0
+RIGHT[0, 31:] = RIGHT[2, 15:] = 0
+every_kwargs = pytest.mark.parametrize("kwargs", KWARGS)
+every_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+def rules(pattern: str = r"^model\.layers\.\d+$", **kwargs: Any) -> list[dict[str, Any]]:
+    operator = "ktransformers.operators.decoder_layer.CpuDecoderLayer"
+    replace = {"class": operator, "kwargs": {"weight": "bf16", "threads": 2, **kwargs}}
+    return [{"match": {"name": pattern}, "replace": replace}]
+
+
+def rules_for_parts(**kwargs: Any) -> list[dict[str, Any]]:
+    """Take the same matrices with the operators for a layer's parts."""
+    return [
+        {
+            "match": {"name": pattern, "class": module},
+            "replace": {
+                "class": f"ktransformers.operators.{operator}",
+                "kwargs": {"weight": "bf16", "threads": 2, **kwargs},
+            },
+        }
+        for pattern, module, operator in (
+            (r"self_attn$", "torch.nn.Module", "attention.MlaAttention"),
+            (r"mlp\.experts$", "torch.nn.Module", "experts.CpuExperts"),
+            (r"layers\..*(?<!kv_b)_proj(_with_mqa)?$", "torch.nn.Linear", "linear.CpuLinear"),
+        )
+    ]
+
+
+def layer_calls(model: PreTrainedModel, mask: torch.Tensor | None) -> list[tuple[Any, ...]]:
+    """Run a model; return input, keyword arguments and output of each layer."""
+    calls: list[tuple[Any, ...]] = []
+    handles = [
+        layer.register_forward_hook(
+            lambda _, args, kwargs, output: calls.append((args[0], kwargs, output)),
+            with_kwargs=True,
+        )
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(IDS, attention_mask=mask, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def errors(
+    fused: PreTrainedModel, calls: list[tuple[Any, ...]], mask: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Return how far each layer is from what another's made of the same, over the largest value.
+
+    Of the layer's own part: the residual is the same on both sides.
+    """
+    found = []
+    for layer, (x, kwargs, want) in zip(fused.model.layers, calls, strict=True):
+        with torch.no_grad():
+            got = layer(x, **kwargs)
+        error = (got - want).abs().float()
+        if mask is not None:
+            error[mask == 0] = 0  # nobody reads the outputs of padding
+        found.append(error / (want - x).abs().max().float())
+    return found
+
+
+@every_config
+@pytest.mark.parametrize("mask", [None, LEFT, RIGHT])
+def test_a_layer_in_fp32_equals_that_of_transformers(name: str, mask: torch.Tensor | None) -> None:
+    """The weights are rounded on both sides; what the products take is here, nine times over."""
+    plain = random_model(CONFIGS[name]())
+    fused = optimize_and_load(random_model(CONFIGS[name]()), rules())
+    for weight in plain.model.layers.parameters():
+        if weight.ndim > 1:
+            weight.data = weight.data.bfloat16().float()
+    for layer, router in zip(
+        plain.model.layers, random_model(CONFIGS[name]()).model.layers, strict=True
+    ):
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.weight.data = router.mlp.gate.weight.data  # stays in fp32
+    plain.set_attn_implementation("eager")
+    for error in errors(fused, layer_calls(plain, mask), mask):
+        assert error.max() <= 9 * U16
+        assert error.median() <= U16
+
+
+@every_config
+@every_kwargs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_equals_the_operators_for_its_parts(
+    name: str, kwargs: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Steps between them are rounded alike, but for the MLP's fp32 and, in bf16, for rotary."""
+    parts = optimize_and_load(random_model(CONFIGS[name](), dtype=dtype), rules_for_parts(**kwargs))
+    fused = optimize_and_load(random_model(CONFIGS[name](), dtype=dtype), rules(**kwargs))
+    exact = dtype == torch.float32
+    # A value that lies between two steps of int8 or bf16 may fall to either side of it.
+    step = U16 if kwargs["weight"] == "bf16" else 1 / 127
+    for error in errors(fused, layer_calls(parts, None), None):
+        assert error.max() <= (2 * step if exact else 2 * step + 8 * U16)
+        assert error.median() <= (2**-18 if exact else 2 * U16)
+
+
+@pytest.mark.parametrize("padding", [None, LEFT, RIGHT])
+@pytest.mark.parametrize("kind", ["latent", "int8", "dynamic", "static", "none"])
+def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(
+    config: PreTrainedConfig, kind: str, padding: torch.Tensor | None
+) -> None:
+    config.update(ALL)
+    model = optimize_and_load(random_model(config), rules())
+    caches: dict[str, Any] = {
+        "latent": lambda: LatentCache.for_model(model, 100),
+        "int8": lambda: LatentCache.for_model(model, 100, "int8"),
+        "dynamic": lambda: DynamicCache(config=config),
+        "static": lambda: StaticCache(config=config, max_cache_len=50),
+        "none": lambda: None,
+    }
+    cache, logits = caches[kind](), []
+    with torch.no_grad():
+        want = model(IDS, attention_mask=padding, use_cache=False).logits
+        for begin, end in ((0, 11), (11, 39), (39, 40)):
+            first = 0 if cache is None else begin
+            mask = None if padding is None else padding[:, :end]
+            piece = model(
+                IDS[:, first:end],
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).logits
+            logits.append(piece[:, begin - first :])
+    error = (torch.cat(logits, dim=1) - want).abs()
+    if padding is not None:
+        error[padding == 0] = 0
+    # Pieces differ in the order of additions and in the form, int8 by a step of the latent.
+    assert error.max() <= (0.3 if kind == "int8" else 0.1) * want.abs().max()
+    assert error.median() <= (2**-5 if kind == "int8" else 2**-7) * want.abs().max()
+
+
+@pytest.mark.parametrize("padding", [None, LEFT])
+def test_chunks_inside_a_call_change_nothing_but_the_form(
+    config: PreTrainedConfig, padding: torch.Tensor | None
+) -> None:
+    config.update(ALL)
+    whole = optimize_and_load(random_model(config), rules())
+    logits, caches = [], []
+    for chunk in (7, 40, 64):
+        cut = optimize_and_load(random_model(config), rules(chunk_tokens=chunk))
+        caches.append(LatentCache.for_model(cut, 50))
+        with torch.no_grad():
+            logits.append(cut(IDS, attention_mask=padding, past_key_values=caches[-1]).logits)
+    with torch.no_grad():
+        want = whole(IDS, attention_mask=padding, use_cache=False).logits
+    assert torch.equal(
+        caches[0].layers[0].gather(torch.float32)[0], caches[2].layers[0].gather(torch.float32)[0]
+    )
+    for got in logits:
+        error = (got - want).abs()
+        if padding is not None:
+            error[padding == 0] = 0
+        assert error.max() <= 0.1 * want.abs().max()
+        assert error.median() <= 2**-7 * want.abs().max()
+
+
+def test_fewer_rows_than_the_batch_are_computed_for_the_last_position(
+    config: PreTrainedConfig,
+) -> None:
+    model = optimize_and_load(random_model(config), rules())
+    with torch.no_grad(), count_experts(model) as counter, last_position_only(model):
+        got = model(IDS, logits_to_keep=1).logits
+        assert counter._tokens == {"model.layers.1": 120, "model.layers.2": 3}
+        whole = model(IDS).logits
+    with torch.no_grad():
+        want = model(IDS, logits_to_keep=1).logits
+    assert torch.equal(got, want)
+    assert torch.allclose(got[:, 0], whole[:, -1], rtol=0, atol=1e-5)  # torch's head, other shapes
+
+
+def test_fewer_experts_are_live_and_measured(config: PreTrainedConfig) -> None:
+    config.update({"n_group": 1})
+    model = optimize_and_load(random_model(config), rules(top_k=2))
+    assert model.ktransformers_report.experts_per_token == 2
+    mapped = optimize_and_load(random_model(config), rules(top_k={"0-1": 3, "2": 1}))
+    assert mapped.ktransformers_report.experts_per_token == 2
+    fewer = random_model(config)
+    for layer in fewer.model.layers[1:]:
+        layer.mlp.gate.top_k = 2
+    assert [len(call) for call in layer_calls(fewer, None)] == [3, 3, 3]
+    for error in errors(model, layer_calls(fewer, None), None):
+        assert error.median() <= 4 * U16
+
+
+def test_a_reduction_that_is_not_live_is_an_error(
+    config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "ktransformers.operators.decoder_layer.CpuDecoderLayer.watch_routing"
+    monkeypatch.setattr(path, lambda *_: None)
+    with pytest.raises(LoadError, match="reduction to 2 experts per token is not live"):
+        optimize_and_load(random_model(config), rules(top_k=2))
+
+
+def test_text_is_generated_with_every_cache(config: PreTrainedConfig) -> None:
+    model = optimize_and_load(random_model(config), rules())
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    texts = [
+        model.generate(  # type: ignore[operator]  # typed for GenerationMixin alone
+            IDS,
+            attention_mask=LEFT,
+            max_new_tokens=8,
+            do_sample=False,
+            past_key_values=cache,
+            **more,
+        )
+        for cache, more in (
+            (LatentCache.for_model(model, 100), {}),
+            (DynamicCache(config=config), {}),
+            (LatentCache.for_model(model, 100), {"num_beams": 3}),
+        )
+    ]
+    assert torch.equal(texts[0], texts[1])
+    assert texts[2].shape == texts[0].shape
+
+
+def test_hidden_states_are_recorded(config: PreTrainedConfig) -> None:
+    model = optimize_and_load(random_model(config), rules())
+    calls = layer_calls(model, None)
+    with torch.no_grad():
+        recorded = model(IDS, output_hidden_states=True).hidden_states
+    assert len(recorded) == 4
+    for (x, _, _), state in zip(calls, recorded, strict=False):
+        assert torch.equal(x, state)
+
+
+@pytest.mark.parametrize("output", ["attentions", "router_logits"])
+def test_outputs_that_are_not_kept_are_refused(config: PreTrainedConfig, output: str) -> None:
+    model = optimize_and_load(random_model(config), rules())
+    model.set_attn_implementation("eager")  # else transformers refuses sooner
+    reason = rf"CpuDecoderLayerV\d at model.layers.0: keeps no {output}"
+    with pytest.raises(RuntimeError, match=reason):
+        model(IDS, **{f"output_{output}": True})
+    setattr(model.config, f"output_{output}", True)
+    with pytest.raises(RuntimeError, match=reason):
+        model(IDS)
+    setattr(model.config, f"output_{output}", False)
+    model(IDS)
+
+
+def test_what_a_failed_call_reserved_is_not_cached(config: PreTrainedConfig) -> None:
+    model = optimize_and_load(random_model(config), rules())
+    cache = LatentCache.for_model(model, 100)
+    with pytest.raises(ValueError, match="is not causal with padding"):
+        model(IDS, attention_mask=torch.ones(3, 1, 40, 40, dtype=torch.bool), past_key_values=cache)
+    assert cache.completed() == 0
+    with torch.no_grad():
+        got = model(IDS, past_key_values=cache).logits
+        assert torch.equal(got, model(IDS, use_cache=False).logits)
+
+
+def test_a_gradient_is_refused(config: PreTrainedConfig) -> None:
+    model = optimize_and_load(random_model(config), rules())
+    embedded = model.model.embed_tokens(IDS).requires_grad_()
+    with pytest.raises(RuntimeError, match="packed weights have no gradient"):
+        model(inputs_embeds=embedded)
+
+
+@every_kwargs
+def test_packed_weights_are_loaded_from_a_cache(
+    config: PreTrainedConfig, kwargs: dict[str, Any], save: Callable[..., Path]
+) -> None:
+    folder = save(random_model(config))
+    pack(folder, rules(**kwargs))
+    cached, read = (
+        optimize_and_load(folder, rules(**kwargs), cache=cache) for cache in ("auto", None)
+    )
+    assert "packed" in str(cached.ktransformers_report.cache)
+    with torch.no_grad():
+        assert torch.equal(cached(IDS).logits, read(IDS).logits)
+
+
+@every_config
+@every_kwargs
+def test_the_footprint_is_what_the_layer_holds(name: str, kwargs: dict[str, Any]) -> None:
+    model = optimize_and_load(random_model(CONFIGS[name]()), rules(**kwargs))
+    for layer in model.model.layers:
+        footprint = layer.footprint()
+        assert footprint.weight_bytes == sum(buffer.nbytes for buffer in layer.buffers())
+        assert 0 < footprint.bytes_read_per_token <= footprint.weight_bytes
+        assert footprint.flops_per_token > 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes", "kwargs", "reason"),
+    [
+        (r"\.mlp$", {}, {}, "place of a DeepseekV2DecoderLayer or DeepseekV3DecoderLayer, not of"),
+        (r"layers\.\d$", {}, {"weight": "int2"}, "weight 'int2' is not supported"),
+        (r"layers\.\d$", {}, {"threads": 0}, "threads 0 is not 'auto' or a number"),
+        (r"layers\.\d$", {}, {"top_k": 5}, "top_k 5 is not an integer from 1 to 4"),
+        (r"layers\.\d$", {}, {"top_k": {"0-1": 2}}, "top_k gives no number for layer 2"),
+        (r"layers\.\d$", {"attention_bias": True}, {}, "attention_bias is not supported"),
+        (r"layers\.\d$", {"hidden_act": "gelu"}, {}, "computes silu, but hidden_act is 'gelu'"),
+    ],
+)
+def test_what_the_operator_cannot_do_it_says(
+    pattern: str, changes: Any, kwargs: Any, reason: str
+) -> None:
+    with pytest.raises(RuleError) as caught:
+        optimize_and_load(random_model(v3_config(**changes)), rules(pattern, **kwargs))
+    assert reason in str(caught.value)
+
+
+def test_another_routing_method_is_refused() -> None:
+    with pytest.raises(RuleError, match="topk_method 'noaux_tc' is not supported"):
+        optimize_and_load(random_model(v2_config(topk_method="noaux_tc")), rules())
+
+
+@pytest.mark.parametrize("mode", ["interleave", "shard", "replicate"])
+@every_kwargs
+def test_weights_on_several_nodes_give_the_same_bits(
+    config: PreTrainedConfig,
+    mode: str,
+    kwargs: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = optimize_and_load(random_model(config), rules(**kwargs))
+    several = Placement(mode, (0, 1), unbound="a pretended machine")
+    path = "ktransformers.operators.decoder_layer.weight_placement"
+    monkeypatch.setattr(path, lambda _: several)
+    model = optimize_and_load(random_model(config), rules(**kwargs))
+    for layer in model.model.layers:
+        assert len(layer.buffer_names("o_proj_packed")) == (1 if mode == "interleave" else 2)
+        assert layer.footprint().weight_bytes == sum(buffer.nbytes for buffer in layer.buffers())
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, whole(IDS).logits)
