@@ -50,7 +50,7 @@ def test_the_python_of_the_readme_runs(
     monkeypatch.chdir(ROOT)
     swaps, engine = blocks("README.md", "python")
     exec(compile(swaps, "README.md", "exec"), {})  # what the page tells people to run
-    assert "DeepseekV3Experts -> CpuExperts" in capsys.readouterr().out
+    assert "DeepseekV3DecoderLayer -> CpuDecoderLayer" in capsys.readouterr().out
     names: dict[str, Any] = {}
     exec(compile(engine, "README.md", "exec"), names)
     expected = np.empty_like(names["out"])

@@ -897,26 +897,20 @@ def test_shipped_file_leaves_no_projection_to_torch(
     name = f"{model_name}-cpu-{weight}"
     model = meta_model(config)
     result = plan(model, load_rules(name, overrides=["threads=2"]), dtype=torch.bfloat16)
-    experts = [f"{at}.mlp.experts" for at in layers_with_experts(config)]
-    linears = [at for at, module in model.named_modules() if isinstance(module, nn.Linear)]
-    assert {item.name for item in result.replacements} == {*experts, *linears}
+    layers = {f"model.layers.{layer}" for layer in range(config.num_hidden_layers)}
+    linears = {at for at, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {item.name for item in result.replacements} == {*layers, "lm_head"}
+    assert {at for at in linears if not any(at.startswith(f"{x}.") for x in layers)} == {"lm_head"}
     size = {} if weight == "int8" else {"group_size": 32 if model_name == "tiny" else 128}
     chosen = {"weight": weight, **size, "threads": 2}
     for item in result.replacements:
         assert item.operator_class is not None
         assert item.operator_class.__name__ == (
-            "CpuExperts" if item.name.endswith(".experts") else "CpuLinear"
+            "CpuLinear" if item.name == "lm_head" else "CpuDecoderLayer"
         )
         assert item.kwargs == (
             {"weight": "int8", "threads": 2} if item.name == "lm_head" else chosen
         )
-
-
-def layers_with_experts(config: Any) -> list[str]:
-    return [
-        f"model.layers.{layer}"
-        for layer in range(config.first_k_dense_replace, config.num_hidden_layers)
-    ]
 
 
 def test_the_examples_of_the_guide_do_what_it_says(
@@ -934,7 +928,7 @@ def test_the_examples_of_the_guide_do_what_it_says(
             assert "\n".join(lines) in text
     (script,) = (part.partition("```")[0] for part in text.split("```python\n")[1:])
     exec(script, {"model": model})
-    assert type(model.model.layers[60].mlp.experts).__name__ == "CpuExperts"
+    assert type(model.model.layers[60]).__name__ == "CpuDecoderLayerV3"
 
 
 REAL_SIZE = """
@@ -959,6 +953,5 @@ def test_deepseek_v3_at_its_real_size_is_planned_in_3_s_and_1_gb() -> None:
     done = subprocess.run(
         [sys.executable, "-c", REAL_SIZE], capture_output=True, text=True, timeout=300, check=True
     )
-    taken = 58 + 61 * 5 + 61 * 3 + 1  # routed experts; attention, gate, up and down; the head
-    kinds = 1 + 5 + 2 * 3 + 1  # dense layers and shared experts have names of their own
+    taken, kinds = 61 + 1, 2  # layers and the head
     assert done.stdout == f"{taken} {kinds} True True\n"
