@@ -1,8 +1,10 @@
 """Streaming over transformers' own `generate`: text as it comes, timed, and stopped at will.
 
-`generate` runs on a thread of its own and hands over token ids; whoever iterates gets whole
-characters. A stop takes effect at the next decoder layer, in prefill too, and leaves the model as
-it was, since `generate` keeps nothing.
+Where the model has latent attention, all of the prompt but its last chunk is read by `prefill`
+into a `LatentCache`, which may hold the beginning already; `generate` does the rest. It runs on a
+thread of its own and hands over token ids; whoever iterates gets whole characters. A stop takes
+effect at the next decoder layer, in prefill too, and leaves the model as it was and the cache with
+the tokens that were completed.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -20,6 +22,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from ktransformers.cache import LatentCache, check_fits
+from ktransformers.prefill import (
+    check_prompt,
+    chunk_tokens,
+    last_position_only,
+    prefill,
+)
+
 MAX_HELD_TOKENS = 3  # a character has at most four bytes in UTF-8, and a token at least one
 
 
@@ -28,14 +38,16 @@ class Timing:
     """How long one answer took so far."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, that a cache held already
     new_tokens: int = 0
     prefill_s: float = 0.0  # from the prompt to the first new token
     decode_s: float = 0.0  # from the first new token to the last
 
     @property
     def prefill_speed(self) -> float | None:
-        """Prompt tokens per second; None before the first new token."""
-        return self.prompt_tokens / self.prefill_s if self.new_tokens else None
+        """Prompt tokens computed per second; None before the first new token."""
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.prefill_s if self.new_tokens else None
 
     @property
     def decode_speed(self) -> float | None:
@@ -49,15 +61,22 @@ class TimingStreamer(BaseStreamer):
     def __init__(self, timing: Timing):
         self.timing = timing
         self._prompt_at: float | None = None
+        self._has_prompt = False
         self._first_at = 0.0
+
+    def begin(self) -> None:
+        """Take this for the time at which the prompt came: `generate` will only do the rest."""
+        self._prompt_at = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, then one new token a call."""
         now = time.perf_counter()
-        if self._prompt_at is None:
-            self._prompt_at = now
+        if not self._has_prompt:
+            self._has_prompt = True
+            self._prompt_at = self._prompt_at or now
             self.timing.prompt_tokens = value.numel()
             return
+        assert self._prompt_at is not None
         if self.timing.new_tokens == 0:
             self._first_at = now
             self.timing.prefill_s = now - self._prompt_at
@@ -78,6 +97,8 @@ def stream(
     input_ids: torch.Tensor,
     *,
     timing: Timing | None = None,
+    cache: LatentCache | None = None,
+    chunk_size: int | None = None,
     **sampling: Any,
 ) -> Generator[str]:
     """Generate one answer and yield its text, whole characters at a time.
@@ -87,22 +108,41 @@ def stream(
         tokenizer: decodes; special tokens are left out.
         input_ids: the prompt, [1, T].
         timing: is filled while the answer comes.
+        cache: of a model with latent attention: what it has in common with the prompt is not
+            computed again, and prompt and answer are in it afterwards. By default a new one.
+        chunk_size: tokens of the prompt to compute at once; see `prefill`.
         sampling: what `generate` takes, such as max_new_tokens, do_sample, temperature.
 
     Closing the generator, or an exception such as KeyboardInterrupt while it waits, ends the
-    generation before it returns. What `generate` raises is raised here.
+    generation before it returns. What `generate` raises is raised here, and ValueError, before any
+    work, for a prompt that can't be computed.
     """
+    input_ids = check_prompt(model, input_ids)
+    if len(input_ids) != 1:
+        raise ValueError(f"{len(input_ids):,} prompts came: a stream is of one")
+    T, limit = input_ids.shape[1], sampling.get("max_new_tokens") or 1
+    if cache is None and getattr(model.config, "kv_lora_rank", None):
+        cache = LatentCache.for_model(model, max(model.config.max_position_embeddings, T + limit))
+    if cache is not None:
+        cache.check_model(model.config)
+        check_fits(T + limit - 1, cache.max_tokens)  # the last token is never read
     streamer = _TokenQueue(timing or Timing())
-    stop = threading.Event()
+    go, stop = threading.Event(), threading.Event()
 
     def run() -> None:
         end: _End = _End()
         try:
-            with _stopped_by(stop, model):
+            go.wait()
+            with _stopped_by(stop, model), last_position_only(model), _kept(cache, streamer):
+                streamer.begin()
+                if cache is not None:
+                    streamer.timing.cached_tokens = cache.keep_prefix(input_ids)
+                    _prefill_all_but_one_chunk(model, input_ids, cache, chunk_size)
                 model.generate(  # type: ignore[operator]  # typed for GenerationMixin alone
                     input_ids,
                     attention_mask=torch.ones_like(input_ids),
                     streamer=streamer,
+                    past_key_values=cache,
                     **sampling,
                 )
         except _Stopped:
@@ -113,12 +153,38 @@ def stream(
             streamer.queue.put(end)
 
     thread = threading.Thread(target=run, name="generate")
-    thread.start()
     try:
+        thread.start()
+        go.set()  # no sooner: Ctrl-C in start() must find a thread that does nothing yet
         yield from whole_characters(tokenizer, streamer.token_ids())
     finally:
         stop.set()
-        thread.join()
+        go.set()
+        with suppress(RuntimeError):  # it is only just starting, and ends at its first layer
+            thread.join()
+
+
+def _prefill_all_but_one_chunk(
+    model: PreTrainedModel, input_ids: torch.Tensor, cache: LatentCache, chunk_size: int | None
+) -> None:
+    """Leave to `generate` what it computes at once anyway: it wants the last logits."""
+    chunk = chunk_size or chunk_tokens(model)
+    begin = cache.get_seq_length()
+    whole = (input_ids.shape[1] - begin - 1) // chunk * chunk
+    if whole:
+        prefill(model, input_ids[:, begin : begin + whole], cache, chunk_size=chunk)
+
+
+@contextmanager
+def _kept(cache: LatentCache | None, streamer: _TokenQueue) -> Iterator[None]:
+    """Leave a cache, however the generation ends, with what all layers completed, and its ids."""
+    try:
+        yield
+    finally:
+        if cache is not None:
+            cache.cut(cache.completed())
+            if streamer.seen:
+                cache.note_tokens(torch.tensor([streamer.seen]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +199,12 @@ class _TokenQueue(TimingStreamer):
 
     def __init__(self, timing: Timing):
         super().__init__(timing)
+        self.seen: list[int] = []  # prompt and answer
         self.queue: SimpleQueue[int | _End] = SimpleQueue()
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen += value.flatten().tolist()
+        super().put(value)
 
     def on_token(self, token_id: int) -> None:
         self.queue.put(token_id)

@@ -28,10 +28,12 @@ from transformers import (
 )
 
 from ktransformers.base import Checkpoint, Operator, PackedOperator
+from ktransformers.cache import LatentCache, check_fits
 from ktransformers.checkpoint import open_checkpoint
 from ktransformers.hub import resolve_model
 from ktransformers.inject import Plan, apply, format_replacements, plan
 from ktransformers.packed import AUTO, CacheMode, find_cache
+from ktransformers.prefill import last_position_only
 from ktransformers.report import build_report, count_experts
 from ktransformers.rules import load_rules
 from ktransformers.weights import LoadError, check_weights, load_weights, serve_ties
@@ -246,7 +248,23 @@ class _Optimised:
         config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         if kwargs.get("use_mtp", getattr(config or self.generation_config, "use_mtp", None)):  # type: ignore[attr-defined]  # the model's
             raise RuntimeError("use_mtp is not supported: MTP layers are not loaded")
-        return super().generate(*args, **kwargs)  # type: ignore[misc]  # the model's
+        cache = kwargs.get("past_key_values")
+        try:
+            with last_position_only(self):  # type: ignore[arg-type]  # it is the model
+                return super().generate(*args, **kwargs)  # type: ignore[misc]  # the model's
+        finally:
+            if isinstance(cache, LatentCache):  # Ctrl-C leaves some layers with more tokens
+                cache.cut(cache.completed())
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> Any:
+        """Refuse, before any work, what the cache that was passed can't hold."""
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, LatentCache) and generation_config.max_length is not None:
+            cache.check_model(self.config)  # type: ignore[attr-defined]  # the model's
+            check_fits(generation_config.max_length - 1, cache.max_tokens)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]  # the model's
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Ask all packed operators first: half a conversion is worse than none."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ktransformers.cli.common import (
     Cache,
+    CacheFormat,
+    CacheLens,
     CacheMode,
     CacheModeOption,
+    ChunkSize,
     Dtype,
+    KvFormat,
     Model,
     Opened,
     Overrides,
@@ -29,6 +33,9 @@ from ktransformers.cli.common import (
     summary,
     write_answer,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C ends an answer"
 
@@ -47,6 +54,9 @@ def chat(
     dtype: Dtype = None,
     cache: Cache = "auto",
     cache_mode: CacheModeOption = CacheMode.auto,
+    cache_lens: CacheLens = None,
+    cache_format: CacheFormat = KvFormat.auto,
+    chunk_size: ChunkSize = None,
     verbose: Verbose = False,
 ) -> None:
     """Talk with a model, in its own chat template.
@@ -65,15 +75,45 @@ def chat(
 
     if seed is not None:
         torch.manual_seed(seed)
+    kv_cache = opened.new_cache(cache_lens, cache_format)
+    settings = {"cache": kv_cache, "chunk_size": chunk_size, **sampling}
     typer.secho(HELP, dim=True, err=True)
+    converse(opened, max_new_tokens, settings)
+
+
+def converse(
+    opened: Opened,
+    limit: int,
+    settings: dict[str, Any],
+    *,
+    on_enter: str | None = None,
+    begin: str = "",
+) -> None:
+    """Answer lines of stdin until the user leaves.
+
+    Args:
+        opened: the model.
+        limit: tokens of an answer.
+        settings: for `stream`.
+        on_enter: what an empty line asks, or the end of input from a pipe that asked nothing.
+        begin: how every answer begins.
+    """
     messages: list[Message] = []
-    while (line := _read_line()) not in (None, "/exit"):
+    asked = False
+    while True:
+        line = _read_line()
+        if line is None and on_enter and not asked and not sys.stdin.isatty():
+            _answer(opened, messages, on_enter, limit, settings, begin)
+        if line in (None, "/exit"):
+            return
+        line = line.strip() or on_enter or ""
         if line == "/reset":
             messages = []
         elif re.fullmatch(r"/\w+", line):
             typer.echo(f"{line}: unknown command (expected /reset, /exit)", err=True)
-        elif line.strip():
-            messages = _answer(opened, messages, line, max_new_tokens, sampling)
+        elif line:
+            messages = _answer(opened, messages, line, limit, settings, begin)
+            asked = True
 
 
 def _read_line() -> str | None:
@@ -98,26 +138,46 @@ def _read_line() -> str | None:
 
 
 def _answer(
-    opened: Opened, messages: list[Message], line: str, limit: int, sampling: dict[str, Any]
+    opened: Opened,
+    messages: list[Message],
+    line: str,
+    limit: int,
+    settings: dict[str, Any],
+    begin: str,
 ) -> list[Message]:
-    """Write the answer to a line, and return the conversation with both."""
+    """Write the answer to a line, and return the conversation with both.
+
+    Of the turns before, nothing is computed again that is still in the cache of `settings`.
+    """
     # It imports torch.
     from ktransformers.generation import Timing, stream
 
     asked = [*messages, {"role": "user", "content": line}]
-    text = opened.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    input_ids = opened.encode(str(text), add_special_tokens=False)  # the template wrote its own
+    input_ids = _prompt(opened, asked, begin)
     try:
-        most = new_tokens(limit, input_ids, opened.context)
+        most = new_tokens(limit, input_ids, opened.context, settings["cache"])
     except ValueError as error:
         typer.echo(f"{error}, or /reset", err=True)
         return messages
     timing = Timing()
-    sampling = {"max_new_tokens": most, **sampling}
-    answer = stream(opened.model, opened.tokenizer, input_ids, timing=timing, **sampling)
-    reply, interrupted = write_answer(answer)
+    settings = {**settings, "max_new_tokens": most}
+    answer = stream(opened.model, opened.tokenizer, input_ids, timing=timing, **settings)
+    reply, interrupted = write_answer(answer, begin)
     ended = "; ended by Ctrl-C" if interrupted else ""
     if timing.new_tokens == most:
         ended = f"; ended after {most:,} tokens"
     typer.secho(f"[{summary(timing)}{ended}]", dim=True, err=True)
     return [*asked, {"role": "assistant", "content": reply}]
+
+
+def _prompt(opened: Opened, messages: list[Message], begin: str) -> torch.Tensor:
+    """Return a conversation as tokens; without a template, its texts one after the other."""
+    if opened.tokenizer.chat_template is None:
+        text = "".join(message["content"] for message in messages)
+        return opened.encode(text + begin, add_special_tokens=True)
+    text = str(
+        opened.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    )
+    if begin and text.endswith(begin):  # templates of reasoning models may write it themselves
+        begin = ""
+    return opened.encode(text + begin, add_special_tokens=False)  # the template wrote its own

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ktransformers.cache import LatentCache
     from ktransformers.generation import Timing
 
 P = ParamSpec("P")
@@ -39,6 +40,14 @@ class DtypeName(str, Enum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
+
+
+class KvFormat(str, Enum):
+    """What the values of the KV cache are kept in."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    int8 = "int8"
 
 
 USER_ERROR = 2  # exit codes
@@ -101,6 +110,27 @@ TopK = Annotated[
     int | None,
     typer.Option(min=1, help="Sample from so many tokens.  [default: the model's own]"),
 ]
+CacheLens = Annotated[
+    int | None,
+    typer.Option(
+        "--cache-lens",
+        min=1,
+        help="Tokens to keep in the KV cache, prompt and answers together.  "
+        "[default: the model's context]",
+    ),
+]
+CacheFormat = Annotated[
+    KvFormat,
+    typer.Option("--cache-format", help="Of the KV cache's values; auto keeps the model's own."),
+]
+ChunkSize = Annotated[
+    int | None,
+    typer.Option(
+        "--chunk-size",
+        min=1,
+        help="Tokens of the prompt to compute at once.  [default: chosen by cost and memory]",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")]
 
 
@@ -162,6 +192,25 @@ class Opened:
         """Tokens that the model was made for, prompt and answer together."""
         return int(self.model.config.max_position_embeddings)
 
+    def new_cache(self, tokens: int | None, format: KvFormat) -> LatentCache | None:
+        """Return an empty KV cache for so many tokens; None for a model that takes no such cache.
+
+        Raises ValueError where the options are for another model.
+        """
+        # It imports torch.
+        from ktransformers.cache import LatentCache
+
+        if not getattr(self.model.config, "kv_lora_rank", None):
+            if tokens is None and format is KvFormat.auto:
+                return None
+            raise ValueError(
+                "--cache-lens and --cache-format are for models with latent attention; "
+                f"{type(self.model).__name__} has none"
+            )
+        limit = self.context if tokens is None else min(tokens, self.context)
+        known = None if format is KvFormat.auto else format.value
+        return LatentCache.for_model(self.model, limit, known)
+
     def encode(self, text: str, *, add_special_tokens: bool) -> torch.Tensor:
         """Return a text's tokens, [1, T]."""
         import torch
@@ -178,9 +227,12 @@ def open_model(
     cache: str,
     cache_mode: CacheMode,
     *,
+    checkpoint: str | None = None,
     needs_chat_template: bool = False,
 ) -> Opened:
     """Load a model under its rules; what is quick to check comes first.
+
+    `checkpoint` is where the weights are, if not in the model's folder.
 
     Raises ValueError for whatever the user got wrong.
     """
@@ -202,6 +254,7 @@ def open_model(
         model,
         rules,
         overrides=overrides,
+        checkpoint=checkpoint,
         dtype=torch_dtype(dtype),
         cache=None if cache == "none" else cache,
         cache_mode=cache_mode.value,
@@ -253,23 +306,28 @@ def sampling_arguments(
     return {"do_sample": True, **chosen} if chosen else {}
 
 
-def new_tokens(limit: int, prompt: torch.Tensor, context: int) -> int:
-    """Return how many tokens to generate at most: `limit`, or what the context has left.
+def new_tokens(limit: int, prompt: torch.Tensor, context: int, cache: LatentCache | None) -> int:
+    """Return how many tokens to generate at most: `limit`, or what context and cache have left.
 
     Raises ValueError where the prompt leaves no room.
     """
-    room = context - prompt.shape[1]
+    length = prompt.shape[1]
+    rooms = [(context - length, f"the model's context {context:,}")]
+    if cache is not None:  # that never holds the last token, which nothing reads
+        rooms.append((cache.max_tokens + 1 - length, f"the cache {cache.max_tokens:,}"))
+    room, what = min(rooms)
     if room < 1:
-        raise ValueError(
-            f"the prompt is {prompt.shape[1]:,} tokens, and the model's context {context:,} with "
-            "the answer; shorten it"
-        )
+        raise ValueError(f"the prompt is {length:,} tokens, and {what} with the answer; shorten it")
     return min(limit, room)
 
 
-def write_answer(answer: Generator[str]) -> tuple[str, bool]:
-    """Write an answer to stdout as it comes; return it, and whether Ctrl-C ended it."""
-    text = ""
+def write_answer(answer: Generator[str], begin: str = "") -> tuple[str, bool]:
+    """Write an answer to stdout as it comes; return it, and whether Ctrl-C ended it.
+
+    `begin` is what of it was put into the model's mouth.
+    """
+    text = begin
+    sys.stdout.write(begin)
     interrupted = False
     try:
         with closing(answer):
@@ -288,7 +346,9 @@ def summary(timing: Timing) -> str:
     """Return an answer's timing as one line."""
     parts = []
     if timing.prefill_speed is not None:
-        parts.append(f"prefill {timing.prompt_tokens:,} tokens, {timing.prefill_speed:,.1f} tok/s")
+        computed = timing.prompt_tokens - timing.cached_tokens
+        count = f"{computed:,} of {timing.prompt_tokens:,}" if timing.cached_tokens else computed
+        parts.append(f"prefill {count} tokens, {timing.prefill_speed:,.1f} tok/s")
     if timing.decode_speed is not None:
         parts.append(f"decode {timing.new_tokens:,} tokens, {timing.decode_speed:,.1f} tok/s")
     return "; ".join(parts)

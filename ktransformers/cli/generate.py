@@ -10,9 +10,13 @@ import typer
 
 from ktransformers.cli.common import (
     Cache,
+    CacheFormat,
+    CacheLens,
     CacheMode,
     CacheModeOption,
+    ChunkSize,
     Dtype,
+    KvFormat,
     Model,
     Overrides,
     Rules,
@@ -47,6 +51,9 @@ def generate(
     dtype: Dtype = None,
     cache: Cache = "auto",
     cache_mode: CacheModeOption = CacheMode.auto,
+    cache_lens: CacheLens = None,
+    cache_format: CacheFormat = KvFormat.auto,
+    chunk_size: ChunkSize = None,
     verbose: Verbose = False,
 ) -> None:
     """Continue a text. The continuation goes to stdout, everything else to stderr.
@@ -69,12 +76,13 @@ def generate(
     input_ids = opened.encode(text, add_special_tokens=True)
     if input_ids.shape[1] == 0:
         raise ValueError("the prompt has no tokens; pass some text")
-    limit = new_tokens(max_new_tokens, input_ids, opened.context)
+    kv_cache = opened.new_cache(cache_lens, cache_format)
+    limit = new_tokens(max_new_tokens, input_ids, opened.context, kv_cache)
     if seed is not None:
         torch.manual_seed(seed)
     timing = Timing()
-    sampling = {"max_new_tokens": limit, **sampling}
-    answer = stream(opened.model, opened.tokenizer, input_ids, timing=timing, **sampling)
+    settings = {"cache": kv_cache, "chunk_size": chunk_size, "max_new_tokens": limit, **sampling}
+    answer = stream(opened.model, opened.tokenizer, input_ids, timing=timing, **settings)
     _, interrupted = write_answer(answer)
     if interrupted:
         raise KeyboardInterrupt

@@ -25,9 +25,24 @@ def test_exit_and_the_end_of_input_leave_a_chat(folder: Path, rule_file: Path) -
 def test_a_chat_remembers_until_it_is_reset(folder: Path, rule_file: Path) -> None:
     stdin = "hello\nhello\n/reset\nhello\n"
     outcome = call("chat", folder, "--rules", rule_file, *GREEDY, stdin=stdin)
-    prompts = re.findall(r"\[prefill (\d+) tokens", outcome.err)
-    assert prompts[0] == prompts[2]
-    assert int(prompts[1]) > int(prompts[0])
+    first, second, third = re.findall(r"\[prefill ([\d of]+) tokens", outcome.err)
+    assert first == "24"
+    new, prompt = map(int, second.split(" of "))
+    assert prompt - new >= 24  # and of the answer what its text gives back as the same tokens
+    assert new >= len("\nuser: hello\nassistant: ")
+    # /reset forgets the conversation, and what the prompts have in common is still in the cache.
+    assert third == "1 of 24"
+
+
+def test_a_chat_is_held_in_the_cache_that_was_asked_for(folder: Path, rule_file: Path) -> None:
+    options = ["--cache-lens", "40", "--cache-format", "int8", "--chunk-size", "8"]
+    stdin = "hello\nhello\n"
+    outcome = call("chat", folder, "--rules", rule_file, *GREEDY, *options, stdin=stdin)
+    assert outcome.code == 0
+    assert re.search(
+        r"the prompt is \d+ tokens, and the cache 40 with the answer; shorten it, or /reset",
+        outcome.err,
+    )
 
 
 class Terminal:

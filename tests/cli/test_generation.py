@@ -11,9 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from ktransformers.cache import LatentCache
 from ktransformers.generation import Timing, _Stopped, _stopped_by, stream, whole_characters
+from tiny_models import random_model
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 # One, two, three and four bytes in UTF-8; then a byte that begins nothing.
@@ -128,11 +135,107 @@ def test_a_stop_ends_its_own_thread_alone(model: PreTrainedModel, input_ids: tor
 
 
 def test_what_generate_raises_is_raised_to_the_reader(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor
+) -> None:
+    options: dict[str, Any] = {"do_sample": True, "temperature": -1.0, "max_new_tokens": 2}
+    with pytest.raises(ValueError, match="temperature"):
+        list(stream(model, tokenizer, input_ids, **options))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "reason"),
+    [
+        ([[]], {}, "the prompt has no tokens"),
+        ([[259]], {}, "token 0 of prompt 0 is 259, but the model knows 0 to 258"),
+        ([[5], [6]], {}, "2 prompts came: a stream is of one"),
+        ([[5] * 9], {"max_new_tokens": 3}, "^11 tokens, .* do not fit a cache of 10; "),
+    ],
+)
+def test_a_prompt_that_can_not_be_computed_is_refused(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[list[int]],
+    options: dict[str, Any],
+    reason: str,
+) -> None:
+    cache = LatentCache.for_model(model, 10)
+    with pytest.raises(ValueError, match=reason):
+        list(stream(model, tokenizer, torch.tensor(prompt), cache=cache, **options, **GREEDY))
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 7, 19])
+def test_a_long_prompt_is_read_in_chunks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chunk_size: int | None
+) -> None:
+    ids = torch.tensor([tokenizer("a prompt of 20 bytes")["input_ids"]])
+    lengths: list[int] = []
+    hook = model.model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(args[0].shape[1]), with_kwargs=True
+    )
+    options = {"max_new_tokens": 1, **GREEDY}
+    text = "".join(stream(model, tokenizer, ids, chunk_size=chunk_size, **options))
+    hook.remove()
+    assert sum(lengths) == 20
+    assert max(lengths) == (chunk_size or 20)
+    want = model.generate(ids, **options)[0, 20:]  # type: ignore[operator]  # as above
+    assert text == tokenizer.decode(want)
+
+
+def test_the_next_turn_computes_only_what_is_new(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    beyond = torch.tensor([[len(tokenizer)]])
-    with pytest.raises(IndexError, match="index out of range"):
-        list(stream(model, tokenizer, beyond, max_new_tokens=4, **GREEDY))
+    cache = LatentCache.for_model(model, 60)
+    asked = torch.tensor([tokenizer("a prompt of 20 bytes")["input_ids"]])
+    options = {"max_new_tokens": 10, **GREEDY}
+    list(stream(model, tokenizer, asked, cache=cache, **options))
+    assert cache.get_seq_length() == cache.token_ids.shape[1] == 29
+    more = torch.cat([cache.token_ids, torch.tensor([[7, 8, 9]])], dim=1)
+    timing = Timing()
+    reply = "".join(stream(model, tokenizer, more, cache=cache, timing=timing, **options))
+    assert (timing.prompt_tokens, timing.cached_tokens) == (32, 29)
+    assert timing.prefill_speed == 3 / timing.prefill_s
+    assert reply == "".join(stream(model, tokenizer, more, **options))
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_cache_is_valid_after_ctrl_c(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, at: int
+) -> None:
+    ids = torch.tensor([tokenizer("a prompt of 20 bytes")["input_ids"]])
+    cache = LatentCache.for_model(model, 60)
+    calls: list[int] = []
+
+    def interrupt(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGINT)  # is handled in the main thread
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    options = {"max_new_tokens": 30, **GREEDY}
+    with pytest.raises(KeyboardInterrupt):
+        list(stream(model, tokenizer, ids, cache=cache, chunk_size=8, **options))
+    hook.remove()
+    length = cache.get_seq_length()
+    assert cache.completed() == length == cache.token_ids.shape[1]
+    again = "".join(stream(model, tokenizer, ids, cache=cache, **options))
+    assert again == "".join(stream(model, tokenizer, ids, **options))
+
+
+def test_a_model_without_latent_attention_streams_too(
+    tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor
+) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "vocab_size": 259,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    model = random_model(LlamaConfig(**sizes, **heads, eos_token_id=None))
+    timing = Timing()
+    list(stream(model, tokenizer, input_ids, timing=timing, max_new_tokens=5, **GREEDY))
+    assert (timing.prompt_tokens, timing.cached_tokens, timing.new_tokens) == (5, 0, 5)
 
 
 def test_an_answer_is_timed(

@@ -1,0 +1,374 @@
+"""The cache of multi-head latent attention: 576 values per token and layer, in pages.
+
+An ordinary transformers `Cache`: `generate` in all its modes takes it, with our attention, which
+reads the pages in place, or with transformers' own, which gets the latents gathered. Values are
+kept in bf16, in fp32, or the latent in int8 with a scale per token beside a rope part in bf16.
+
+Memory for the limit is reserved as addresses alone: the system gives it page by page, as tokens
+come. Whoever asks for more than the limit is told so before any layer works.
+
+Shape suffixes: B sequences, T new tokens, L cached tokens, C kv_lora_rank, R qk_rope_head_dim, P
+pages.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from ktransformers import _native
+from ktransformers.cache_pages import PAGE_TOKENS, PageTable
+
+__all__ = ["Format", "LatentCache", "LatentPages", "check_fits"]
+
+Format = Literal["bf16", "fp32", "int8"]
+DTYPES = {  # of the latent, and of the rope part
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32": (torch.float32, torch.float32),
+    "int8": (torch.int8, torch.bfloat16),
+}
+ROW_MULTIPLE = 64  # quantize_rows pads its rows to so many
+
+
+@dataclass(frozen=True, slots=True)
+class LatentPages:
+    """What attention reads of one layer; token i of a sequence is row i % page of its page."""
+
+    latent: torch.Tensor  # [P, page, C]
+    scale: torch.Tensor | None  # fp32 [P, page], of an int8 latent
+    rope: torch.Tensor  # [P, page, R]
+    block_table: torch.Tensor  # int32 [B, pages of a sequence]
+    lengths: torch.Tensor  # int32 [B]: cached tokens, the new ones included
+
+
+class LatentLayer(CacheLayerMixin):
+    """One layer's values; its pages are those of the whole cache."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, table: PageTable, C: int, R: int, max_tokens: int, format: Format) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers'
+        self.table = table
+        self.max_tokens = max_tokens
+        self.length = 0
+        latent, rope = DTYPES[format]
+        self.latent = torch.empty(0, PAGE_TOKENS, C, dtype=latent)
+        self.scale = torch.empty(0, PAGE_TOKENS) if format == "int8" else None
+        self.rope = torch.empty(0, PAGE_TOKENS, R, dtype=rope)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what holds values, by name."""
+        named = {"latent": self.latent, "rope": self.rope}
+        return named if self.scale is None else {**named, "scale": self.scale}
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Reserve memory for the limit."""
+        self.reserve()
+
+    def reserve(self) -> None:
+        """Have room for all sequences at the limit; what was there stays."""
+        pages = self.table.batch * -(-self.max_tokens // PAGE_TOKENS)
+        for name, old in self.tensors().items():
+            if len(old) >= pages:
+                continue
+            shape = (pages, *old.shape[1:])
+            try:
+                with torch.inference_mode(False):  # it may outlive that mode, and be written to
+                    new = torch.empty(shape, dtype=old.dtype)
+            except RuntimeError as error:
+                raise MemoryError(
+                    f"the system refuses {math.prod(shape) * old.itemsize:,} bytes for a layer of "
+                    f"a cache of {self.table.batch:,} x {self.max_tokens:,} tokens; lower "
+                    "max_tokens (--cache_lens)"
+                ) from error
+            used = min(self.table.top, len(old))
+            new[:used] = old[:used]
+            setattr(self, name, new)
+        self.is_initialized = True
+
+    def append(self, latent: torch.Tensor, rope: torch.Tensor) -> LatentPages:
+        """Cache new tokens, latent [B, T, C] and rope [B, T, R], and return all there are.
+
+        What is cached carries no gradient.
+        """
+        B, T, C = latent.shape
+        begin, end = self.length, self.length + T
+        slots = self.table.indexes(begin, end)
+        rows = latent.detach().reshape(B * T, C)
+        if self.scale is not None:
+            rows, scale = _quantised(rows)
+            self.scale.view(-1).index_copy_(0, slots, scale)
+        self.latent.view(-1, C).index_copy_(0, slots, rows.to(self.latent.dtype))
+        rope_rows = rope.detach().reshape(B * T, rope.shape[-1]).to(self.rope.dtype)
+        self.rope.view(-1, rope.shape[-1]).index_copy_(0, slots, rope_rows)
+        self.length = end
+        return self.pages()
+
+    def pages(self) -> LatentPages:
+        """Return what attention reads."""
+        lengths = torch.full((self.table.batch,), self.length, dtype=torch.int32)
+        return LatentPages(self.latent, self.scale, self.rope, self.table.tensor(), lengths)
+
+    def gather(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all cached tokens, latent [B, 1, L, C] and rope [B, 1, L, R]."""
+        slots = self.table.indexes(0, self.length)
+        shape = (self.table.batch, 1, self.length, -1)
+        latent = self.latent.view(-1, self.latent.shape[-1])[slots]
+        if self.scale is not None:
+            latent = latent * self.scale.view(-1)[slots, None]  # in fp32
+        latent = latent.to(dtype)
+        rope = self.rope.view(-1, self.rope.shape[-1])[slots].to(dtype)
+        return latent.view(shape), rope.view(shape)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cache latents [B, 1, T, C] and rope parts [B, 1, T, R]; return all, contiguous."""
+        self.append(key_states[:, 0], value_states[:, 0])
+        return self.gather(key_states.dtype)
+
+    def get_seq_length(self) -> int:
+        """Return the tokens cached of each sequence."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Return how many there can be."""
+        return self.max_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the mask. Raises ValueError where the query can't fit."""
+        check_fits(self.length + query_length, self.max_tokens)
+        return self.length + query_length, 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Refuse: pages belong to all layers together."""
+        raise NotImplementedError("layers of a LatentCache share pages: reorder the whole cache")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LatentLayer:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.table = copy.deepcopy(self.table, memo)
+        for name, tensor in self.tensors().items():  # what was never used has no memory yet
+            fresh = torch.empty_like(tensor)
+            fresh[: self.table.top] = tensor[: self.table.top]
+            setattr(twin, name, fresh)
+        return twin
+
+
+def check_fits(length: int, max_tokens: int) -> None:
+    """Raise ValueError where a cache can't hold so many tokens of a sequence."""
+    if length > max_tokens:
+        raise ValueError(
+            f"{length:,} tokens, prompt and answer together, do not fit a cache of "
+            f"{max_tokens:,}; shorten them, or raise max_tokens (--cache_lens)"
+        )
+
+
+def _quantised(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each row symmetrically: int8 [*, C] and scales [*]."""
+    m, C = rows.shape
+    q = torch.empty(m, -(-C // ROW_MULTIPLE) * ROW_MULTIPLE, dtype=torch.int8)
+    scale, total = torch.empty(m), torch.empty(m, dtype=torch.int32)
+    if rows.dtype == torch.float16:
+        rows = rows.float()
+    _native.quantize_rows(rows.contiguous(), q, scale, total)
+    return q[:, :C], scale
+
+
+class LatentCache(Cache):
+    """Keys and values of a model with latent attention, compressed, in pages."""
+
+    layers: list[LatentLayer]  # type: ignore[assignment]  # Cache says what any may be
+
+    def __init__(
+        self, config: PreTrainedConfig, max_tokens: int, format: Format | None = None
+    ) -> None:
+        """Make an empty cache.
+
+        Args:
+            config: of the model; says how many layers there are and how wide their latents.
+            max_tokens: that each sequence may grow to, prompt and answer together.
+            format: of the values; without one bf16, or fp32 for a model of another dtype than bf16.
+
+        Raises ValueError for a model without latent attention and for other values than these.
+        """
+        C = getattr(config, "kv_lora_rank", None)
+        if not C:
+            raise ValueError(
+                f"a LatentCache is for models with latent attention, whose config has a "
+                f"kv_lora_rank; {type(config).__name__} has none"
+            )
+        if type(max_tokens) is not int or max_tokens < 1:
+            raise ValueError(f"max_tokens {max_tokens!r} is not a number of 1 or more")
+        exact: Format = "bf16" if config.dtype == torch.bfloat16 else "fp32"
+        self.format: Format = exact if format is None else format
+        if self.format not in get_args(Format):
+            raise ValueError(f"format {format!r} is not supported (expected bf16, fp32, int8)")
+        self.max_tokens = max_tokens
+        self.table = PageTable()
+        self._token_ids = torch.empty(0, 0, dtype=torch.long)
+        R = config.qk_rope_head_dim
+        layers = [
+            LatentLayer(self.table, C, R, max_tokens, self.format)
+            for _ in range(config.num_hidden_layers)
+        ]
+        super().__init__(layers=list(layers))
+
+    @classmethod
+    def for_model(
+        cls, model: PreTrainedModel, max_tokens: int, format: Format | None = None
+    ) -> LatentCache:
+        """Make a cache in the model's own precision, if no format is given."""
+        exact: Format = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+        return cls(model.config, max_tokens, format or exact)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages that have been in use."""
+        return sum(
+            tensor[: self.table.top].nbytes
+            for layer in self.layers
+            for tensor in layer.tensors().values()
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """The number of sequences; -1 while there is none."""
+        return self.table.batch or -1
+
+    def append(self, latent: torch.Tensor, rope: torch.Tensor, layer_idx: int) -> LatentPages:
+        """Cache new tokens of a layer, [B, T, C] and [B, T, R]; return what attention reads.
+
+        Raises ValueError where they do not fit, come for another number of sequences, or are of
+        another model.
+        """
+        self._prepare(layer_idx, latent, rope)
+        return self.layers[layer_idx].append(latent, rope)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cache latents [B, 1, T, C] and rope parts [B, 1, T, R]; return all, contiguous."""
+        self._prepare(layer_idx, key_states[:, 0], value_states[:, 0])
+        return super().update(key_states, value_states, layer_idx)
+
+    def _prepare(self, layer_idx: int, latent: torch.Tensor, rope: torch.Tensor) -> None:
+        """Have pages for new tokens in every sequence."""
+        B, T, C = latent.shape
+        self._check_sizes(max(layer_idx + 1, len(self.layers)), C, rope.shape[-1])
+        layer = self.layers[layer_idx]
+        self.check_request(B, layer.length + T)
+        if self.table.batch != B:
+            self.table.start(B)
+        layer.reserve()
+        copies = self.table.reserve(layer.length, layer.length + T)
+        if copies:
+            source, target = torch.tensor(copies).unbind(1)
+            for each in self.layers:
+                if each.is_initialized:
+                    each.reserve()
+                    for tensor in each.tensors().values():
+                        tensor[target] = tensor[source]
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Raise ValueError where this cache was made for a model of other sizes."""
+        sizes = (config.num_hidden_layers, config.kv_lora_rank, config.qk_rope_head_dim)
+        self._check_sizes(*sizes)
+
+    def _check_sizes(self, *theirs: int) -> None:
+        first = self.layers[0]
+        mine = (len(self.layers), first.latent.shape[2], first.rope.shape[2])
+        if mine != theirs:
+            sizes = "{} layers of {} + {} values"
+            raise ValueError(
+                f"this cache was made for another model: it has {sizes.format(*mine)}, and "
+                f"{sizes.format(*theirs)} are to be cached"
+            )
+
+    def check_request(self, batch: int, length: int) -> None:
+        """Raise ValueError where so many sequences can't grow to so many tokens here."""
+        if batch != self.table.batch and any(layer.length for layer in self.layers):
+            raise ValueError(
+                f"the cache holds {self.table.batch:,} sequences, but {batch:,} came; reset it, or "
+                "repeat or select its sequences first"
+            )
+        check_fits(length, self.max_tokens)
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens of every layer; repairs what an interrupt has left."""
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+        self.table.cut(max(layer.length for layer in self.layers))
+        self._token_ids = self._token_ids[:, :length]
+
+    def completed(self) -> int:
+        """Return how many tokens all layers have, also after a forward was interrupted."""
+        return min(layer.length for layer in self.layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens of every sequence, their number given as 0 or less."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) would add tokens: pass a negative number to remove so "
+                "many, or call cut(length)"
+            )
+        self.cut(max(0, self.get_seq_length() + tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget all tokens; memory that was in use is kept for the next."""
+        self.cut(0)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let the sequences be copies of these."""
+        self._select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only these sequences, given by number or by a mask of booleans."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self._select(indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence, copies side by side."""
+        self._select([index for index in range(self.table.batch) for _ in range(repeats)])
+
+    def _select(self, sequences: Sequence[int]) -> None:
+        self.table.select(sequences)
+        if len(self._token_ids):
+            self._token_ids = self._token_ids[list(sequences)]
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """The ids of the first cached tokens, [B, n], as far as they are known."""
+        return self._token_ids
+
+    def note_tokens(self, token_ids: torch.Tensor) -> None:
+        """Say which tokens are cached, [B, n]; more than there are is ignored."""
+        self._token_ids = token_ids[:, : self.completed()].clone()
+
+    def keep_prefix(self, input_ids: torch.Tensor) -> int:
+        """Keep what a prompt, [1, T], has in common with the cached tokens; return how much.
+
+        At least one token of the prompt is left to compute, since its logits are wanted.
+        """
+        known = self._token_ids
+        common = 0
+        if len(known) == len(input_ids) == 1:
+            n = min(known.shape[1], input_ids.shape[1] - 1)
+            same = known[0, :n] == input_ids[0, :n]
+            common = n if same.all() else int(same.int().argmin())
+        self.cut(common)
+        return common

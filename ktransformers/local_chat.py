@@ -1,0 +1,155 @@
+"""The classic entry point, under its classic options: a chat with a model on this machine.
+
+python ./ktransformers/local_chat.py --model_path DeepSeek-V2-Lite-Chat --prompt_file p.txt \
+    --cpu_infer 33 --cache_lens 1536
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # Python puts a script's folder first, and ours has names like `cache`
+
+import typer
+
+from ktransformers.cli.chat import HELP, converse
+from ktransformers.cli.common import CacheMode, KvFormat, errors_for_users, open_model
+
+
+class Mode(str, Enum):
+    """The classic modes."""
+
+    normal = "normal"
+    long_context = "long_context"
+
+
+def local_chat(
+    model_path: Annotated[
+        str, typer.Option("--model_path", help="A model's folder, or its hub id.")
+    ],
+    gguf_path: Annotated[
+        str | None,
+        typer.Option(
+            "--gguf_path",
+            help="Where the weights are: a folder of safetensors.  [default: the model's]",
+        ),
+    ] = None,
+    optimize_config_path: Annotated[
+        str | None,
+        typer.Option(
+            "--optimize_config_path",
+            help="A rule file.  [default: the shipped one for this model and machine]",
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompt_file", help="What an empty line asks: a text file."),
+    ] = None,
+    cpu_infer: Annotated[
+        int | None,
+        typer.Option("--cpu_infer", min=1, help="Threads.  [default: the rule file's]"),
+    ] = None,
+    cache_lens: Annotated[
+        int | None,
+        typer.Option(
+            "--cache_lens",
+            min=1,
+            help="Tokens to keep, prompt and answers.  [default: the model's context]",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", min=1, help="End an answer after so many.")
+    ] = 1000,
+    chunk_size: Annotated[
+        int | None,
+        typer.Option(
+            "--chunk_size",
+            min=1,
+            help="Tokens of a prompt to compute at once.  [default: by cost and memory]",
+        ),
+    ] = None,
+    mode: Annotated[
+        Mode, typer.Option("--mode", help="Both do the same here: prompts are read in chunks.")
+    ] = Mode.normal,
+    force_think: Annotated[
+        bool, typer.Option("--force_think", help="Begin every answer with <think>.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option("--device", help="Of what is not on the CPU anyway: cpu so far.")
+    ] = "cpu",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Log what is done, and show tracebacks of errors.")
+    ] = False,
+) -> None:
+    """Chat with a model. An empty line asks what is in the prompt file; Ctrl-C ends an answer."""
+    if device != "cpu":
+        raise ValueError(f"--device {device}: only cpu is supported so far")
+    question = None if prompt_file is None else _read(prompt_file)
+    weights = None if gguf_path is None else _weights(gguf_path)
+    rules = optimize_config_path or _choose_rules(model_path)
+    opened = open_model(
+        model_path,
+        rules,
+        [] if cpu_infer is None else [f"threads={cpu_infer}"],
+        None,
+        "auto",
+        CacheMode.map,
+        checkpoint=weights,
+    )
+    if opened.tokenizer.chat_template is None:
+        typer.echo("no chat template: the model continues what you type", err=True)
+    settings = {
+        "cache": opened.new_cache(cache_lens, KvFormat.auto),
+        "chunk_size": chunk_size,
+    }
+    typer.secho(HELP, dim=True, err=True)
+    begin = "<think>\n" if force_think else ""
+    converse(opened, max_new_tokens, settings, on_enter=question, begin=begin)
+
+
+def _read(prompt_file: Path) -> str:
+    try:
+        return prompt_file.read_text("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{prompt_file}: not UTF-8 at byte {error.start}") from None
+
+
+def _choose_rules(model_path: str) -> str:
+    """Return the name of the rule file that suits, and say which it is."""
+    from ktransformers.cli.common import quiet_libraries
+    from ktransformers.hub import resolve_model
+
+    folder = resolve_model(model_path, needs_weights=False)
+    quiet_libraries()
+
+    from ktransformers.shipped import choose_rules
+
+    choice = choose_rules(folder)
+    typer.echo(f"rules: {choice.rules} ({choice.reason})", err=True)
+    return choice.rules
+
+
+def _weights(gguf_path: str) -> str:
+    """Return the path, if it leads to safetensors."""
+    path = Path(gguf_path)
+    if path.suffix == ".gguf" or (path.is_dir() and not any(path.glob("*.safetensors"))):
+        raise ValueError(
+            f"{gguf_path}: GGUF is not read yet; pass a folder of safetensors, or leave out "
+            "--gguf_path where they are in the model's folder"
+        )
+    return gguf_path
+
+
+def main() -> None:
+    """Run it as a command."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(errors_for_users(local_chat))
+    app()
+
+
+if __name__ == "__main__":
+    main()

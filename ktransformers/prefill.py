@@ -1,0 +1,211 @@
+"""Prefill in chunks: a prompt of any length in memory that does not grow with it.
+
+A chunk reads every weight once, so that a large one costs less per token; what it needs beside
+the weights grows with it. `chunk_tokens` weighs the two. What a prompt is read for is the logits of
+its last position: the last layer's MLP or experts and the head are computed for that one alone,
+in this module's contexts. A plain `forward` computes everything.
+
+Shape suffixes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ktransformers.cache import LatentCache
+from ktransformers.progress import token_progress
+
+# An int8 expert reads a byte for two operations per token, and machines do some 50 in that time
+# (docs/log.md): from about 24 tokens on it computes longer than it reads. At four times that,
+# reading is hidden even where experts are chosen unevenly.
+TOKENS_PER_EXPERT = 96
+DENSE_CHUNK = 512  # tokens, for a model without experts, whose weights are all used by each
+MEMORY = 128 << 20  # bytes of activations of a chunk, or so large a part of the weights:
+MEMORY_SHARE = 512
+STEP = 64  # tokens; chunks are multiples, as kernels and pages are
+FULL_OUTPUTS = ("output_hidden_states", "output_router_logits")
+
+
+def prefill(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor | Sequence[Sequence[int]],
+    cache: LatentCache,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """Read prompts into a cache, after what it holds; return the last positions' logits.
+
+    Args:
+        model: a causal language model with latent attention.
+        input_ids: the new tokens, [B, T].
+        cache: is filled; after an error or Ctrl-C it holds the chunks that were completed.
+        attention_mask: 0 for padding, [B, cached + T].
+        chunk_size: tokens of each sequence at a time; `chunk_tokens` where it is not given.
+
+    Raises ValueError, before any work, for a request that can't be computed.
+    """
+    token_ids = check_prompt(model, input_ids)
+    B, T = token_ids.shape
+    cache.check_model(model.config)
+    past = cache.completed()
+    cache.check_request(B, past + T)
+    positions = _positions(attention_mask, B, past, T)
+    chunk = max(1, chunk_tokens(model) // B) if chunk_size is None else chunk_size
+    if chunk < 1:
+        raise ValueError(f"chunk_size {chunk} is not a number of 1 or more")
+    known = cache.token_ids if past else token_ids[:, :0]
+    logits = token_ids[:, :0]
+    try:
+        with (
+            torch.no_grad(),
+            last_position_only(model),
+            token_progress("Reading the prompt", T) as advance,
+        ):
+            for begin in range(0, T, chunk):
+                ids = token_ids[:, begin : begin + chunk]
+                start, end = past + begin, past + begin + ids.shape[1]
+                logits = model(
+                    input_ids=ids,
+                    attention_mask=None if attention_mask is None else attention_mask[:, :end],
+                    position_ids=None if positions is None else positions[:, start:end],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+                advance(ids.shape[1])
+    finally:
+        cache.cut(cache.completed())
+        if known.shape == (B, past):
+            cache.note_tokens(torch.cat([known, token_ids], dim=1))
+    return logits
+
+
+def check_prompt(
+    model: PreTrainedModel, input_ids: torch.Tensor | Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Return the prompts as a tensor [B, T]. Raises ValueError for what is no such thing."""
+    if not isinstance(input_ids, torch.Tensor):
+        lengths = sorted({len(ids) for ids in input_ids})
+        if len(lengths) > 1:
+            raise ValueError(
+                f"the prompts have {', '.join(map(str, lengths))} tokens: pad them to one length, "
+                "and pass an attention_mask"
+            )
+        input_ids = torch.tensor(input_ids, dtype=torch.long)
+    if input_ids.ndim != 2:
+        raise ValueError(f"prompts of shape {list(input_ids.shape)}: expected [batch, tokens]")
+    if input_ids.numel() == 0:
+        raise ValueError("the prompt has no tokens; pass some text")
+    if input_ids.is_floating_point():
+        raise ValueError(f"prompts of {input_ids.dtype}: expected token ids")
+    vocabulary = model.config.vocab_size
+    wrong = ((input_ids < 0) | (input_ids >= vocabulary)).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise ValueError(
+            f"token {column} of prompt {row} is {int(input_ids[row, column]):,}, but the model "
+            f"knows 0 to {vocabulary - 1:,}: the tokenizer is of another model"
+        )
+    return input_ids
+
+
+def _positions(mask: torch.Tensor | None, B: int, past: int, T: int) -> torch.Tensor | None:
+    """Number the tokens that are no padding, as `generate` does."""
+    if mask is None:
+        return None
+    if mask.shape != (B, past + T):
+        raise ValueError(
+            f"attention_mask of shape {list(mask.shape)}: expected {[B, past + T]}, a value for "
+            "each cached and each new token"
+        )
+    return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+
+
+def chunk_tokens(model: PreTrainedModel, memory: int | None = None) -> int:
+    """Return how many tokens of all sequences to compute at once.
+
+    So many that each expert gets `TOKENS_PER_EXPERT` of them on average, but no more than fit
+    `memory` bytes of activations: by default 128 MiB, or where that is more a 512th of the weights.
+    """
+    config = model.config
+    experts = getattr(config, "n_routed_experts", None) or getattr(
+        config, "num_local_experts", None
+    )
+    wanted = DENSE_CHUNK
+    if experts:
+        wanted = TOKENS_PER_EXPERT * experts // config.num_experts_per_tok
+    if memory is None:
+        tensors = (*model.parameters(), *model.buffers())
+        memory = max(MEMORY, sum(tensor.nbytes for tensor in tensors) // MEMORY_SHARE)
+    fitting = memory // activation_bytes(config, model.dtype.itemsize)
+    return max(STEP, min(wanted, fitting) // STEP * STEP)
+
+
+def activation_bytes(config: PreTrainedConfig, itemsize: int) -> int:
+    """Estimate the bytes beside the weights that a token of a chunk needs, at the widest place.
+
+    That is an MLP with its gate, its up and their product, or attention with its queries, their
+    rotated copy and its output, beside four rows of the hidden size; experts need an fp32 row of
+    the intermediate size for each that a token has, gate and up, and the products.
+    """
+    D, H = config.hidden_size, config.num_attention_heads
+    head = getattr(config, "qk_head_dim", None) or D // H
+    mlp = 3 * (getattr(config, "intermediate_size", None) or 0)
+    attention = 3 * H * head
+    routed = getattr(config, "moe_intermediate_size", None) or 0
+    experts = 4 * 3 * routed * (getattr(config, "num_experts_per_tok", None) or 0)
+    return int(max(itemsize * max(mlp, attention), experts) + 4 * itemsize * D)
+
+
+@contextmanager
+def last_position_only(model: PreTrainedModel) -> Iterator[None]:
+    """Compute the last layer's MLP for the last position alone, where only its logits are kept.
+
+    Holds for calls on this thread with `logits_to_keep=1` that ask for no outputs of layers; their
+    logits are the same. Every other call computes everything.
+    """
+    layers = getattr(model.base_model, "layers", None)
+    mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, nn.ModuleList) else None
+    if mlp is None:
+        yield
+        return
+    here = threading.get_ident()
+    alone = False
+    length = 0
+
+    def before_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal alone
+        if threading.get_ident() == here:
+            full = any(kwargs.get(k) or getattr(model.config, k, False) for k in FULL_OUTPUTS)
+            alone = kwargs.get("logits_to_keep") == 1 and not full
+
+    def before_mlp(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal length
+        if not alone or threading.get_ident() != here:
+            return None
+        length = args[0].shape[1]
+        return (args[0][:, -1:], *args[1:])
+
+    def after_mlp(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
+        if not alone or threading.get_ident() != here or length == 1:
+            return None
+        return output.expand(-1, length, -1)  # nothing reads the others
+
+    handles = (
+        model.register_forward_pre_hook(before_model, with_kwargs=True),
+        mlp.register_forward_pre_hook(before_mlp),
+        mlp.register_forward_hook(after_mlp),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
