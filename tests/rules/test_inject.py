@@ -897,26 +897,21 @@ def test_shipped_file_leaves_no_projection_to_torch(
     name = f"{model_name}-cpu-{weight}"
     model = meta_model(config)
     result = plan(model, load_rules(name, overrides=["threads=2"]), dtype=torch.bfloat16)
-    experts = [f"{at}.mlp.experts" for at in layers_with_experts(config)]
-    linears = [at for at, module in model.named_modules() if isinstance(module, nn.Linear)]
-    assert {item.name for item in result.replacements} == {*experts, *linears}
+    first, last = config.first_k_dense_replace, config.num_hidden_layers
+    experts = {f"model.layers.{layer}.mlp.experts" for layer in range(first, last)}
+    attention = {f"model.layers.{layer}.self_attn" for layer in range(last)}
+    linears = {at for at, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears -= {f"{at}.kv_b_proj" for at in attention}  # which attention does itself
+    assert {item.name for item in result.replacements} == experts | attention | linears
     size = {} if weight == "int8" else {"group_size": 32 if model_name == "tiny" else 128}
     chosen = {"weight": weight, **size, "threads": 2}
     for item in result.replacements:
         assert item.operator_class is not None
-        assert item.operator_class.__name__ == (
-            "CpuExperts" if item.name.endswith(".experts") else "CpuLinear"
-        )
-        assert item.kwargs == (
-            {"weight": "int8", "threads": 2} if item.name == "lm_head" else chosen
-        )
-
-
-def layers_with_experts(config: Any) -> list[str]:
-    return [
-        f"model.layers.{layer}"
-        for layer in range(config.first_k_dense_replace, config.num_hidden_layers)
-    ]
+        operator = {"experts": "CpuExperts", "self_attn": "MlaAttention"}
+        last_name = item.name.rpartition(".")[2]
+        assert item.operator_class.__name__ == operator.get(last_name, "CpuLinear")
+        always_int8 = last_name in ("lm_head", "self_attn")
+        assert item.kwargs == ({"weight": "int8", "threads": 2} if always_int8 else chosen)
 
 
 def test_the_examples_of_the_guide_do_what_it_says(
