@@ -95,7 +95,7 @@ def opening_seconds(folder: Path, operators: dict[str, PackedOperator]) -> float
         if other is not None:
             raise SystemExit(f"{name}: {other}")
         check_file(folder, index.entries[name])
-    UsedCache(folder, "map", operators, index.entries).fill()
+    UsedCache(folder, dict.fromkeys(operators, "map"), operators, index.entries).fill()
     return time.perf_counter() - start
 
 

@@ -156,10 +156,13 @@ class PackedOperator(Operator):
                 for name, (shape, dtype) in self.packed_layout().items()
             }
         except RuntimeError as error:  # torch has no class for it on the CPU
-            size = self.packed_bytes()
-            raise MemoryError(
-                self._refusal(f"no memory for {size:,} bytes of packed weights: {error}")
-            ) from error
+            raise self.no_memory() from error
+
+    def no_memory(self) -> MemoryError:
+        """Return the error for packed weights that memory has no room for."""
+        return MemoryError(
+            self._refusal(f"no memory for {self.packed_bytes():,} bytes of packed weights")
+        )
 
     def packed_bytes(self) -> int:
         """Return the bytes of all packed weights; for `footprint`."""

@@ -238,11 +238,17 @@ class PlacedOperator(PackedOperator):
         self.use_placed(memory)
 
     def placed_memory(self) -> dict[str, PlacedTensor]:
-        """Return memory for all packed tensors, bound to the placement's nodes."""
-        return {
-            name: PlacedTensor.allocate(of, self.placement)
-            for name, of in self.packed_matrices().items()
-        }
+        """Return memory for all packed tensors, bound to the placement's nodes.
+
+        Raises MemoryError where there is none.
+        """
+        try:
+            return {
+                name: PlacedTensor.allocate(of, self.placement)
+                for name, of in self.packed_matrices().items()
+            }
+        except MemoryError as error:
+            raise self.no_memory() from error
 
     def use_placed(self, memory: Mapping[str, PlacedTensor]) -> None:
         """Compute with what `placed_memory` returned, now that it is filled."""

@@ -60,9 +60,22 @@ bool quantize_int4(const kernel_table& kernels, const char* row, float_type type
   return true;
 }
 
+// Whether all are: without a branch, so that the compiler takes many at a time.
+bool are_finite(const uint16_t* bf16, int64_t count) {
+  constexpr uint16_t exponent = 0x7f80;
+  uint16_t not_finite = 0;
+  for (int64_t i = 0; i < count; ++i) not_finite |= (bf16[i] & exponent) == exponent;
+  return !not_finite;
+}
+
 bool round_bf16(const char* row, float_type type, int64_t rows, int64_t k, int64_t kp, panel* to) {
   for (int64_t i = 0; i < rows; ++i) {
     uint16_t* value = to->value.data() + i * kp;
+    if (type == float_type::bf16) {
+      std::memcpy(value, row + i * k * 2, static_cast<size_t>(k) * 2);
+      if (!are_finite(value, k)) return false;
+      continue;
+    }
     for (int64_t kk = 0; kk < k; ++kk) {
       const float weight = load_float(row, type, i * k + kk);
       if (!std::isfinite(weight)) return false;
@@ -72,13 +85,11 @@ bool round_bf16(const char* row, float_type type, int64_t rows, int64_t k, int64
   return true;
 }
 
-// q [16][k] -> [k/4][16][4]
-void interleave_int8(const int8_t* q, int64_t k, int8_t* packed) {
-  for (int64_t kk = 0; kk < k; kk += 4) {
-    for (int64_t j = 0; j < panel_outputs; ++j) {
-      std::memcpy(packed + kk * panel_outputs + j * 4, q + j * k + kk, 4);
-    }
-  }
+// rows [16][bytes] -> [bytes/4][16][4]: int8 in fours, bf16 in pairs
+void interleave(const kernel_table& kernels, const void* rows, int64_t bytes, void* packed) {
+  const int64_t fours = bytes / 4;
+  kernels.transpose_pairs({panel_outputs, fours, static_cast<const uint16_t*>(rows), fours,
+                           static_cast<uint16_t*>(packed), panel_outputs});
 }
 
 // q [16][k] -> [k/8][16][4], the first four k low, the next four high
@@ -90,15 +101,6 @@ void interleave_int4(const int8_t* q, int64_t k, uint8_t* packed) {
         const int low = eight[i] + int4_zero, high = eight[4 + i] + int4_zero;
         *packed++ = static_cast<uint8_t>(low | high << 4);
       }
-    }
-  }
-}
-
-// value [16][k] -> [k/2][16][2]
-void interleave_bf16(const uint16_t* value, int64_t k, uint16_t* packed) {
-  for (int64_t kk = 0; kk < k; kk += 2) {
-    for (int64_t j = 0; j < panel_outputs; ++j) {
-      std::memcpy(packed + kk * panel_outputs + j * 2, value + j * k + kk, 4);
     }
   }
 }
@@ -126,7 +128,7 @@ non_finite pack(const kernel_table& kernels, weight_format format, const void* w
       case weight_kind::int8:
         finite =
             quantize_int8(kernels, row, type, rows, k, kp, &to, static_cast<float*>(scale) + j);
-        interleave_int8(to.q.data(), kp, static_cast<int8_t*>(packed) + j * kp);
+        interleave(kernels, to.q.data(), kp, static_cast<int8_t*>(packed) + j * kp);
         break;
       case weight_kind::int4:
         finite = quantize_int4(kernels, row, type, rows, k, kp, format.group_size, &to,
@@ -135,7 +137,7 @@ non_finite pack(const kernel_table& kernels, weight_format format, const void* w
         break;
       case weight_kind::bf16:
         finite = round_bf16(row, type, rows, k, kp, &to);
-        interleave_bf16(to.value.data(), kp, static_cast<uint16_t*>(packed) + j * kp);
+        interleave(kernels, to.value.data(), 2 * kp, static_cast<uint16_t*>(packed) + j * kp);
         break;
     }
     if (!finite) return find_non_finite(weight, type, n, k);
