@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -202,11 +203,15 @@ def _check_nesting(
     modules: Sequence[Entry],
     problems: Problems,
 ) -> set[int]:
-    """Report claims inside a child that an operator consumes; return their indexes."""
+    """Report claims inside a child that an operator consumes; return their indexes.
+
+    A rule that keeps modules (`default`) may take some there, but not all of its modules: it would
+    do nothing.
+    """
     found: dict[tuple[int, int], list[tuple[int, int]]] = {}  # by rules: the modules
     rules: dict[int, Rule] = {}
     for inner, rule in enumerate(claims.taken):
-        if rule is None or targets[rule.index] is None:
+        if rule is None or (targets[rule.index] is None and rule.class_path is not None):
             continue
         for child, outer in _ancestors(inner, modules):
             above = claims.taken[outer]
@@ -214,6 +219,11 @@ def _check_nesting(
             if above is not None and target is not None and _consumes(target, modules[child].name):
                 rules |= {rule.index: rule, above.index: above}
                 found.setdefault((rule.index, above.index), []).append((inner, outer))
+    taken = Counter(rule.index for rule in claims.taken if rule is not None)
+    inside = Counter(index for index, _ in {(i, p[0]) for (i, _), ps in found.items() for p in ps})
+    for index, above_index in list(found):
+        if rules[index].class_path is None and inside[index] < taken[index]:
+            del found[index, above_index]
     for (index, above_index), pairs in found.items():
         above, target = rules[above_index], targets[above_index]
         assert target is not None

@@ -680,6 +680,16 @@ def test_a_claim_inside_what_another_operator_consumes_names_both_rules(
     assert planned(v3, rule("act_fn"), rule(r"mlp\.experts$", Whole)).replacements
 
 
+def test_a_default_that_only_keeps_what_an_operator_consumes_is_an_error(
+    v3: PreTrainedModel,
+) -> None:
+    assert error_of(v3, rule(r"mlp\.experts\.act_fn$"), rule(r"mlp\.experts$", Whole)) == (
+        "rules[0]: rule 1 claims model.layers.1.mlp.experts.act_fn inside "
+        "model.layers.1.mlp.experts, which Whole of rule 2 (rules[1]) consumes (and 1 more)\n"
+        "  end the regex with $, or set recursive: false on rule 2"
+    )
+
+
 def test_a_module_of_two_names_can_be_kept_but_not_replaced() -> None:
     shared = nn.Sequential(nn.Linear(2, 2))
     model = nn.ModuleDict({"a": shared, "b": shared})
