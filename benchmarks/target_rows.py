@@ -15,6 +15,7 @@ TINY_FOLDER = Path(__file__).parents[1] / "examples" / "tiny-deepseek-v3"
 PLAN = "benchmarks/plan.py"
 LOADING = "benchmarks/loading.py"
 PACKING = "benchmarks/packing.py"
+DECODE = "benchmarks/decode.py"
 DEMO = "examples/demo.py"
 TINY = "examples/tiny-deepseek-v3/train.py evaluate"
 SECONDS = "seconds the command took"  # a figure that targets.py measures itself
@@ -171,4 +172,21 @@ PACKED = (
     Target("opening a mapped cache of 10 GB, s", PACKING, itemgetter("open_s"), at_most=1),
 )
 
-TARGETS = (*FRAMEWORK, *_kernel_targets(), *_peer_targets(), *_linear_targets(), *PACKED)
+# Issue 4, so far.
+DECODING = (
+    Target(
+        "tiny: decode on one core, tok/s",
+        DECODE,
+        itemgetter("tiny-cpu-int8_tok_s"),
+        at_least=400,
+    ),
+)
+
+TARGETS = (
+    *FRAMEWORK,
+    *_kernel_targets(),
+    *_peer_targets(),
+    *_linear_targets(),
+    *PACKED,
+    *DECODING,
+)
