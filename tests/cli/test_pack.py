@@ -122,7 +122,8 @@ class SlowExperts(CpuExperts):
     def load_weights(self, checkpoint):
         if self.site.layer == 2:
             os.write(int(os.environ["STARTED"]), b"!")
-            os.read(int(os.environ["GO_ON"]), 1)
+            while True:  # until a read finds that packing was stopped
+                checkpoint.read(next(iter(self.weight_shapes())))
         super().load_weights(checkpoint)
 """
 
@@ -134,20 +135,17 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_whole_files(model: Path, tmp_path: 
         "- {match: {name: 'mlp\\.experts$'}, replace: {class: slow_operator.SlowExperts}}"
     )
     started, tell = os.pipe()
-    wait, go_on = os.pipe()
-    environment = {**os.environ, "STARTED": str(tell), "GO_ON": str(wait)}
+    environment = {**os.environ, "STARTED": str(tell)}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
-    process = start("pack", model, "--rules", rules, env=environment, pass_fds=(tell, wait))
+    process = start("pack", model, "--rules", rules, env=environment, pass_fds=(tell,))
     os.close(tell)
-    os.close(wait)
     assert os.read(started, 1) == b"!"  # nothing, were the process to end before
     process.send_signal(signal.SIGINT)
-    os.close(go_on)
     os.close(started)
     outcome = finished(process)
     assert (outcome.code, outcome.out) == (130, "")
-    assert re.fullmatch(  # 2 where the machine is so busy that the signal came last
-        rf"interrupted\n{model}/packed: [0-2] of 2 operators are packed; the same command goes on "
+    assert re.fullmatch(
+        rf"interrupted\n{model}/packed: [01] of 2 operators are packed; the same command goes on "
         r"with the rest\n",
         outcome.err,
     )

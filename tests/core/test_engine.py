@@ -259,6 +259,10 @@ def test_handle_that_is_freed_drops_its_work() -> None:
         for _ in range(5):
             handle.submit(*draw(T=500))
         del handle
+    handle, request = make(), draw()
+    handle.submit(*request)
+    handle.sync()
+    assert computed(handle, *request)  # the dispatcher is at work as before
 
 
 def test_host_function_that_is_freed_drops_its_work_and_says_so() -> None:
