@@ -95,7 +95,7 @@ def random_layer(heads: int, weight_format: str, threads: int, isa: str | None) 
 
     def half(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         size, scales = (f(n, k, weight_format) for f in (_native.packed_bytes, _native.scale_count))
-        packed = torch.empty(heads, size, dtype=torch.uint8)
+        packed = huge_pages(heads, size, dtype=torch.uint8)
         scale = torch.empty(heads, scales, dtype=scale_dtype)
         for h in range(heads):
             weight = torch.randn(n, k, dtype=torch.bfloat16) / C**0.5

@@ -8,6 +8,8 @@ right before and right after it; noise only ever lowers a limit, so the better o
 
 from __future__ import annotations
 
+import math
+import mmap
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -86,6 +88,14 @@ class Measured:
     def shares(self) -> list[float]:
         """Return the share of the limit, the larger of both, in each round."""
         return [max(both) for both in zip(self.bandwidth_shares(), self.peak_shares(), strict=True)]
+
+
+def huge_pages(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return an uninitialised tensor in huge pages, as operators keep packed weights."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 def timed_calls(call: Callable[[int], object]) -> Callable[[float], list[float]]:

@@ -18,7 +18,7 @@ import typer
 from experts_reference import prepared, product_bound
 from ktransformers import _native
 from ktransformers.cpu_options import scale_dtype
-from limits import Meter, Work, measure, timed_calls
+from limits import Meter, Work, huge_pages, measure, timed_calls
 from moe_layer import dequantised
 from peer_onednn import Product, quantised
 from results import HEADER, Report, Row, emit, limits_of, markdown, summary
@@ -76,7 +76,7 @@ def random_projection(
     size = build.packed_bytes(out_features, in_features, weight_format)
     scales = build.scale_count(out_features, in_features, weight_format)
     copies = -(-COPIES_BYTES // size)
-    packed = torch.empty(copies, size, dtype=torch.uint8)
+    packed = huge_pages(copies, size, dtype=torch.uint8)
     scale = torch.empty(copies, scales, dtype=scale_dtype(weight_format))
     weight = torch.randn(out_features, in_features, dtype=torch.bfloat16) / in_features**0.5
     build.pack(weight, packed[0], scale[0], weight_format)

@@ -19,7 +19,7 @@ import torch
 from experts_reference import DequantisedExperts, experts_reference
 from ktransformers import _native
 from ktransformers.cpu_options import scale_dtype
-from limits import timed_calls
+from limits import huge_pages, timed_calls
 
 # Computes a layer: x `[T, D]`, experts `[T, K]` and their weights in, `[T, D]` out.
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -122,7 +122,7 @@ def random_layer(sizes: Sizes, weight_format: str, build: Any = _native) -> Laye
     def empty(n: int, k: int, matrices: int) -> tuple[torch.Tensor, torch.Tensor]:
         size = build.packed_bytes(n, k, weight_format)
         scales = build.scale_count(n, k, weight_format)
-        packed = torch.empty(E, matrices, size, dtype=torch.uint8)
+        packed = huge_pages(E, matrices, size, dtype=torch.uint8)
         return packed, torch.empty(E, matrices, scales, dtype=scale_dtype(weight_format))
 
     gate_up, gate_up_scale = empty(F, D, 2)
