@@ -26,6 +26,7 @@ import typer
 
 from attention_reference import Form, MlaWeights, attention_reference
 from ktransformers import _native
+from limits import huge_pages
 from moe_layer import dequantised
 
 LIMIT_SECONDS = 0.1  # of each measurement of a limit: before and after what is compared with it
