@@ -1,6 +1,4 @@
 // bf16_gemm for AVX2 with FMA: bf16 is the high half of fp32, so a shift or a mask widens it.
-//
-// What bounds it on Zen 3 is how many instructions it takes, loads included (docs/log.md).
 #include <immintrin.h>
 
 #include <cassert>
