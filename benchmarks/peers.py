@@ -28,7 +28,7 @@ from ktransformers import _native
 from limits import CALL_SECONDS, WARM_TOKENS, quartiles
 from moe_layer import MODELS, Calls, Sizes, fitting, random_layer
 from peer_layer import FOLDER, PEERS, CannotRun, Variant, load_peer, why_absent
-from results import Report, emit, last, markdown
+from results import Report, emit, emit_absent, markdown
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 MAX_SECONDS = 20.0  # of a peer's calls with one token count, after which it has no more rounds
@@ -59,15 +59,24 @@ class Compared:
 
 
 class Worker:
-    """A peer's process."""
+    """A peer's process, which answers a line with a line of JSON."""
 
     def __init__(self, process: subprocess.Popen[str], talk: IO[str]):
         self.process = process
         self.talk = talk  # what it and its libraries print
-        ready = self._answer()
-        if "cannot" in ready:
-            raise CannotRun(ready["cannot"])
-        self.relative_error: float = ready["relative_error"]
+        self.ready: Report = self._answer()
+
+    def ask(self, line: str) -> Any:
+        """Return its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def seconds(self, tokens: int, at_least: float) -> list[float]:
+        """Let it measure calls now."""
+        times: list[float] = self.ask(f"{tokens} {at_least}")
+        return times
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
@@ -77,30 +86,37 @@ class Worker:
             self.talk.seek(0)
             said = "".join(self.talk.readlines()[-3:]).strip()
             raise CannotRun(f"its process ended with {self.process.returncode}: {said}")
-        return json.loads(line)
-
-    def seconds(self, tokens: int, at_least: float) -> list[float]:
-        """Let it measure calls now."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{tokens} {at_least}\n")
-        self.process.stdin.flush()
-        times: list[float] = self._answer()
-        return times
+        answer = json.loads(line)
+        if isinstance(answer, dict) and "cannot" in answer:
+            raise CannotRun(answer["cannot"])
+        return answer
 
 
 @contextmanager
 def worker(name: str, model: str, weight: str, sizes: Sizes, variant: Variant) -> Iterator[Worker]:
-    """Start a peer's process, and end it. Raises CannotRun."""
-    command = [sys.executable, str(WORKER), name, "--model", model, "--weight", weight]
+    """Start the process of a layer in a peer, and end it. Raises CannotRun."""
+    command = [str(WORKER), name, "--model", model, "--weight", weight]
     command += ["--experts", str(sizes.num_experts), "--format", variant.format]
     command += ["--threads", str(variant.threads), "--repack" if variant.repack else "--no-repack"]
+    with started(command, variant.threads) as process:
+        yield process
+
+
+@contextmanager
+def started(command: Sequence[str], threads: int) -> Iterator[Worker]:
+    """Start a script as a peer's process, and end it. Raises CannotRun."""
     # What kt-kernel and llama.cpp bring is seen by that process alone.
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": str(variant.threads)}
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": str(threads)}
     pipe = subprocess.PIPE
     with (
         tempfile.TemporaryFile("w+") as talk,
         subprocess.Popen(
-            command, env=environment, stdin=pipe, stdout=pipe, stderr=talk, text=True
+            [sys.executable, *command],
+            env=environment,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=talk,
+            text=True,
         ) as process,
     ):
         try:
@@ -152,7 +168,7 @@ def measured(name: str, model: str, weight: str, tokens: list[int], rounds: int)
     errors = {}
     for variant in variants:
         with worker(name, model, weight, sizes, variant) as peer:
-            errors[str(variant)] = peer.relative_error
+            errors[str(variant)] = peer.ready["relative_error"]
             for found in compare(ours, sizes, tokens, rounds, peer, variant):
                 if found.tokens not in fastest or found.theirs < fastest[found.tokens].theirs:
                     fastest[found.tokens] = found
@@ -187,13 +203,7 @@ def main(
             return
     except CannotRun as error:
         reason, cannot = str(error), True
-    print(reason)
-    stale = last(name)
-    if stale:
-        print(f"last figures: of {stale['date']}, commit {stale['commit']}, {stale['machine']}")
-        print(json.dumps(stale | {"status": "stale", "reason": reason}))
-    else:
-        emit(name, report | {"status": "absent", "reason": reason, "cannot": cannot}, save=False)
+    emit_absent(name, report, reason, cannot=cannot)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,18 @@ def emit(name: str, report: Mapping[str, Any], *, save: bool) -> None:
     print(json.dumps(line))
 
 
+def emit_absent(name: str, report: Mapping[str, Any], reason: str, *, cannot: bool) -> None:
+    """Print why a peer was not measured, and its last figures as stale where there are any."""
+    print(reason)
+    stale = last(name)
+    if stale:
+        print(f"last figures: of {stale['date']}, commit {stale['commit']}, {stale['machine']}")
+        print(json.dumps(stale | {"status": "stale", "reason": reason}))
+    else:
+        absent = {"status": "absent", "reason": reason, "cannot": cannot}
+        emit(name, {**report, **absent}, save=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One work, as it is reported."""

@@ -166,7 +166,7 @@ def test_a_peer_that_is_gone_is_shown_with_its_last_figures(
 def test_a_worker_answers_with_seconds_until_it_is_told_no_more() -> None:
     sizes, variant = Sizes(2048, 1408, 12, 6), Variant("int8", 1)
     with peers.worker("onednn", "v2-lite", "int8", sizes, variant) as peer:
-        assert 0 < peer.relative_error < 0.05
+        assert 0 < peer.ready["relative_error"] < 0.05
         assert all(seconds > 0 for seconds in peer.seconds(1, 0.0))
     assert peer.process.returncode is not None
 
