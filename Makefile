@@ -13,7 +13,7 @@ CONSTRAINTS := constraints.txt
 
 # Other engines, for benchmarks alone; torch and the rest they take from .venv.
 PEERS := .venv-peers
-PEER_PACKAGES := llama-cpp-python==0.3.36 kt-kernel==0.7.2
+PEER_PACKAGES := llama-cpp-python==0.3.36 ik-llama-cpp-python==0.1.5 kt-kernel==0.7.2
 
 BIN := $(VENV)/bin
 # Compiling all of torch ahead takes longer than compiling what is used when it is.
@@ -43,7 +43,7 @@ define HELP
                            then: . .venv/bin/activate
   make bench               the CPU kernels, measured against this machine's own limits
   make compare BASE=main   the CPU kernels against those of another commit, in one process
-  make peers               other engines, into $(PEERS), to be measured beside ours; half an hour
+  make peers               other engines, into $(PEERS), to be measured beside ours; two hours
   make targets             every number that the project promises: measured, and whether it holds
   make asan, make tsan     the native tests under address + undefined, and thread sanitizers
   make test-lower-bounds   every test, with the oldest versions that pyproject.toml admits
@@ -146,14 +146,14 @@ compare: $(VENV)/.installed
 targets: $(VENV)/.installed
 	$(BIN)/python benchmarks/targets.py $(BENCH)
 
-# llama.cpp is compiled for this machine alone, from its Python package's sources. A peer that
+# llama.cpp and ik_llama.cpp are compiled for this machine alone, from their packages' sources. A peer that
 # can't be installed leaves the reason in its place, which `make targets` shows.
 peers: $(addprefix $(PEERS)/.,$(PEER_PACKAGES))
 $(PEERS)/.%: $(VENV)/.tools
 	@echo 'make: $* into $(PEERS)'
 	@mkdir -p $(PEERS)
 	@if CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' nice env $(PIP) install --no-deps --upgrade \
-	  --no-binary llama-cpp-python --target $(PEERS) '$*' >$(PEERS)/$*.log 2>&1; \
+	  --no-binary llama-cpp-python,ik-llama-cpp-python --target $(PEERS) '$*' >$(PEERS)/$*.log 2>&1; \
 	  then rm -f $(PEERS)/$*.absent; : >$@; \
 	  else cp $(PEERS)/$*.log $(PEERS)/$*.absent; echo "make: $* can't be installed:" \
 	  "`tail -n 1 $(PEERS)/$*.log`" >&2; fi

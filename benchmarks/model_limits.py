@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from attention import COLD_BYTES, Case
 from attention_reference import Form
@@ -42,10 +42,11 @@ HEADER = ("", "tok/s (quartiles)", "share of the limit (quartiles)")
 UNTIMED = ("bench_", "pack", "unpack")  # native functions that no forward calls
 
 
-def matrix_operations(config: PreTrainedConfig, tokens: int) -> int:
+def matrix_operations(config: Any, tokens: int) -> int:
     """Count those of all matrices but kv_b_proj's for a prompt, router and head included."""
-    c: Any = config
-    D, H, rank = c.hidden_size, c.num_attention_heads, c.q_lora_rank
+    c = config
+    D: int = c.hidden_size
+    H, rank = c.num_attention_heads, c.q_lora_rank
     width = H * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     q = D * rank + rank * width if rank else D * width
     kv_a = D * (c.kv_lora_rank + c.qk_rope_head_dim)
@@ -53,7 +54,7 @@ def matrix_operations(config: PreTrainedConfig, tokens: int) -> int:
     dense = 3 * D * c.intermediate_size
     experts = c.num_experts_per_tok + c.n_shared_experts
     moe = D * c.n_routed_experts + 3 * D * c.moe_intermediate_size * experts
-    total = D * c.vocab_size
+    total: int = D * c.vocab_size
     for layer in range(c.num_hidden_layers):
         rest = q + o + (dense if layer < c.first_k_dense_replace else moe)
         is_last = layer == c.num_hidden_layers - 1
@@ -61,14 +62,14 @@ def matrix_operations(config: PreTrainedConfig, tokens: int) -> int:
     return 2 * total
 
 
-def attention_operations(config: PreTrainedConfig, tokens: int) -> int:
+def attention_operations(config: Any, tokens: int) -> int:
     """Count those of attention for a prompt, in the form that needs fewer."""
-    heads = config.num_attention_heads
+    heads: int = config.num_attention_heads
+    layers: int = config.num_hidden_layers
 
     def least(case: Case) -> int:
         return min(case.operations(heads, form) for form in FORMS)
 
-    layers = config.num_hidden_layers
     return (layers - 1) * least(Case(tokens, 0)) + least(Case(1, tokens))
 
 
@@ -79,7 +80,8 @@ def decode_bytes(model: PreTrainedModel, context: int) -> int:
         for module in model.modules()
         if isinstance(module, Operator)
     )
-    return weights + model.config.num_hidden_layers * Case(1, context).cache_bytes()
+    layers: int = model.config.num_hidden_layers
+    return weights + layers * Case(1, context).cache_bytes()
 
 
 @dataclass(frozen=True, slots=True)

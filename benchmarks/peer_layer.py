@@ -73,7 +73,11 @@ PEERS = {
     "kt-kernel": "peer_kt_kernel",
 }
 # The package that each needs, where it is no dependency of ours.
-PACKAGES = {"llama.cpp": "llama-cpp-python", "kt-kernel": "kt-kernel"}
+PACKAGES = {
+    "llama.cpp": "llama-cpp-python",
+    "ik_llama.cpp": "ik-llama-cpp-python",
+    "kt-kernel": "kt-kernel",
+}
 
 
 def load_peer(name: str) -> Peer:

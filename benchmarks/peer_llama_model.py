@@ -39,10 +39,9 @@ def variants(weight: str, threads: int) -> list[ModelVariant]:
 
 def bindings(package: str, module: str) -> Any:
     """Import a package's bindings without its own `__init__`, which wants packages of its own."""
-    if package not in sys.modules:
-        bare = types.ModuleType(package)
-        bare.__path__ = [str(FOLDER / package)]
-        sys.modules[package] = bare
+    bare = types.ModuleType(package)
+    bare.__path__ = [str(FOLDER / package)]
+    sys.modules.setdefault(package, bare)
     try:
         return importlib.import_module(f"{package}.{module}")
     except (ImportError, OSError, RuntimeError) as error:

@@ -16,6 +16,7 @@ PLAN = "benchmarks/plan.py"
 LOADING = "benchmarks/loading.py"
 PACKING = "benchmarks/packing.py"
 DECODE = "benchmarks/decode.py"
+MODEL_MEMORY = "benchmarks/model_memory.py"
 DEMO = "examples/demo.py"
 TINY = "examples/tiny-deepseek-v3/train.py evaluate"
 SECONDS = "seconds the command took"  # a figure that targets.py measures itself
@@ -172,7 +173,75 @@ PACKED = (
     Target("opening a mapped cache of 10 GB, s", PACKING, itemgetter("open_s"), at_most=1),
 )
 
-# Issue 4, so far.
+# Issue 4: a whole model beside other engines, by what they are asked and how many times faster.
+END_TO_END: dict[tuple[str, str], dict[str, float]] = {
+    ("ik_llama.cpp", "int8"): {
+        "prefill_512_over_best": 1.6,
+        "prefill_1024_over_best": 1.6,
+        "decode_over_best": 1.15,
+    },
+    ("llama.cpp", "int8"): {
+        "prefill_512_over_best": 6,
+        "prefill_1024_over_best": 6,
+        "decode_over_best": 1.15,
+    },
+    ("transformers", "int8"): {
+        "prefill_512_over_best": 2.3,
+        "prefill_1024_over_best": 2.3,
+        "decode_over_best": 3.5,
+    },
+    ("ik_llama.cpp", "int4"): {
+        "prefill_512_over_best": 1.6,
+        "prefill_1024_over_best": 1.6,
+        "decode_over_Q4_0": 1,
+        "decode_over_Q4_K_M": 1.15,
+    },
+    ("llama.cpp", "int4"): {
+        "prefill_512_over_best": 3.5,
+        "prefill_1024_over_best": 3.5,
+        "decode_over_Q4_0": 1,
+        "decode_over_Q4_K_M": 1.15,
+    },
+}
+
+
+def end_to_end(name: str, weight: str) -> str:
+    """Return the command that measures a whole model beside another engine."""
+    rounds = 2 if name == "transformers" else 3  # seconds a call
+    return f"benchmarks/end_to_end.py {name} --weight {weight} --rounds {rounds}"
+
+
+def model_limits(weight: str, prefill: str) -> str:
+    """Return the command that measures a whole model against the machine's limits."""
+    return f"benchmarks/model_limits.py --weight {weight} --prefill {prefill}"
+
+
+def _whole_model_targets() -> Iterator[Target]:
+    for (name, weight), bounds in END_TO_END.items():
+        for key, bound in bounds.items():
+            figure, _, over = key.partition("_over_")
+            than = name if over == "best" else f"{name} {over}"
+            promise = f"whole model, {weight} over {than}: {figure.replace('_', ' ')}"
+            yield Target(promise, end_to_end(name, weight), itemgetter(key), at_least=bound)
+    int8 = model_limits("int8", "512,4096,8192")
+    for tokens in (512, 4096, 8192):
+        promise = f"whole model, int8: prefill {tokens:,}, share of limit"
+        yield Target(promise, int8, itemgetter(f"prefill_{tokens}_share"), at_least=0.55)
+    promise = "whole model, int8: decode, share of read bandwidth"
+    yield Target(promise, int8, itemgetter("decode_128_share"), at_least=0.85)
+    for weight, command, bound in (
+        ("int8", int8, 0.85),
+        ("int4", model_limits("int4", "8192"), 0.70),
+    ):
+        promise = f"whole model, {weight}: decode at 8,192 tokens over that at 128"
+        yield Target(promise, command, itemgetter("long_over_short"), at_least=bound)
+    promise = "whole model, int8: share of decode outside of kernels"
+    yield Target(promise, int8, itemgetter("overhead_share"), at_most=0.05)
+    for phase, doing in (("loading", "loading"), ("reading", "a prompt of 8K tokens")):
+        promise = f"whole model, int8: memory of {doing}, peak over the bound"
+        yield Target(promise, MODEL_MEMORY, itemgetter(f"{phase}_share_of_bound"), at_most=1)
+
+
 DECODING = (
     Target(
         "tiny: decode on one core, tok/s",
@@ -189,4 +258,5 @@ TARGETS = (
     *_linear_targets(),
     *PACKED,
     *DECODING,
+    *_whole_model_targets(),
 )
