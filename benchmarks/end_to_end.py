@@ -6,8 +6,9 @@ way to run the peer has a process of its own beside ours, one after another, and
 fastest counts. Logits of both are compared with those of transformers in bf16 before anything is
 measured.
 
-The first run writes 10 GB under build/, or 1.2 GB a layer, and half of that again for each format
-of a peer; later runs find them there.
+The first run writes 8.4 GB under build/, 1.2 GB a layer, and as much again while it makes the files
+of llama.cpp: 4.5 GB (Q8_0) and 2.4 to 2.7 GB (Q4_0, Q4_K_M). Later runs find them there. Memory: 14
+GB beside transformers, 10 GB at most beside the others.
 
 Run: python benchmarks/end_to_end.py --help     The last line is one JSON object.
 """

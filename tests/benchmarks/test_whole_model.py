@@ -17,6 +17,7 @@ import model_memory
 import model_worker
 import peer_layer
 import peer_llama_model
+import target_rows
 import targets
 import whole_model
 from end_to_end import Compared
@@ -216,7 +217,7 @@ def test_a_fork_that_cannot_be_had_is_replaced_and_one_that_is_not_there_is_miss
     report = end_to_end.report_of("ik_llama.cpp", "int8", 2, 1)
     assert report["prefill_512_over_best"] == pytest.approx(2)
     assert measured == ["llama.cpp"]
-    row = next(t for t in targets.TARGETS if t.promise.endswith("ik_llama.cpp: prefill 512"))
+    row = next(t for t in target_rows.TARGETS if t.promise.endswith("ik_llama.cpp: prefill 512"))
     assert targets.judge(row, report) == (0, "2, llama.cpp stands in", "yes")
 
 
