@@ -231,6 +231,10 @@ def test_peers_have_counterparts_of_both_formats() -> None:
         assert names[peer, "int8"] == {"Q8_0"}
         assert names[peer, "int4"] == {"Q4_0", "Q4_K_M"}
     assert names["transformers", "int8"] == {"bf16"}
+    assert [str(v) for v in load_model_peer("llama.cpp").variants("int8", 2)] == [
+        "Q8_0, flash, repack",
+        "Q8_0, repack",
+    ]
     assert {bits: whole_model.bits(bits) for bits in ("Q8_0", "int4", "bf16")} == {
         "Q8_0": "8",
         "int4": "4",
