@@ -77,6 +77,12 @@ class Operator(nn.Module):
     the operator keeps them as its own children, the same objects under the same names, which
     `plan` checks.
     """
+    causal: ClassVar[bool] = False
+    """Whether this is attention, or has it, and looks at no later token whatever mask comes.
+
+    Where all attention of a model does, nobody makes masks of queries x keys for it: it gets none,
+    or which keys are no padding, [B, L].
+    """
 
     @classmethod
     def from_module(cls, module: nn.Module, site: Site, *args: Any, **kwargs: Any) -> Self:

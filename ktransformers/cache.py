@@ -67,6 +67,7 @@ class LatentLayer(CacheLayerMixin):
         self.table = table
         self.max_tokens = max_tokens
         self.length = 0
+        self.reserved = 0  # pages
         latent, rope = DTYPES[format]
         self.latent = torch.empty(0, PAGE_TOKENS, C, dtype=latent)
         self.scale = torch.empty(0, PAGE_TOKENS) if format == "int8" else None
@@ -84,9 +85,9 @@ class LatentLayer(CacheLayerMixin):
     def reserve(self) -> None:
         """Have room for all sequences at the limit; what was there stays."""
         pages = self.table.batch * -(-self.max_tokens // PAGE_TOKENS)
+        if self.reserved >= pages:
+            return
         for name, old in self.tensors().items():
-            if len(old) >= pages:
-                continue
             shape = (pages, *old.shape[1:])
             try:
                 with torch.inference_mode(False):  # it may outlive that mode, and be written to
@@ -100,6 +101,7 @@ class LatentLayer(CacheLayerMixin):
             used = min(self.table.top, len(old))
             new[:used] = old[:used]
             setattr(self, name, new)
+        self.reserved = pages
         self.is_initialized = True
 
     def append(self, latent: torch.Tensor, rope: torch.Tensor) -> LatentPages:
@@ -122,8 +124,8 @@ class LatentLayer(CacheLayerMixin):
 
     def pages(self, new: int = 0) -> LatentPages:
         """Return what attention reads, with room for new tokens that are reserved."""
-        lengths = torch.full((self.table.batch,), self.length + new, dtype=torch.int32)
-        return LatentPages(self.latent, self.scale, self.rope, self.table.tensor(), lengths)
+        table, lengths = self.table.tensor(), self.table.lengths(self.length + new)
+        return LatentPages(self.latent, self.scale, self.rope, table, lengths)
 
     def gather(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all cached tokens, latent [B, 1, L, C] and rope [B, 1, L, R]."""
@@ -228,6 +230,7 @@ class LatentCache(Cache):
             LatentLayer(self.table, C, R, max_tokens, self.format)
             for _ in range(config.num_hidden_layers)
         ]
+        self._sizes = (len(layers), C, R)
         super().__init__(layers=list(layers))
 
     @classmethod
@@ -310,12 +313,10 @@ class LatentCache(Cache):
         self._check_sizes(*sizes)
 
     def _check_sizes(self, *theirs: int) -> None:
-        first = self.layers[0]
-        mine = (len(self.layers), first.latent.shape[2], first.rope.shape[2])
-        if mine != theirs:
+        if self._sizes != theirs:
             sizes = "{} layers of {} + {} values"
             raise ValueError(
-                f"this cache was made for another model: it has {sizes.format(*mine)}, and "
+                f"this cache was made for another model: it has {sizes.format(*self._sizes)}, and "
                 f"{sizes.format(*theirs)} are to be cached"
             )
 

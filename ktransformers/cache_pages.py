@@ -28,6 +28,7 @@ class PageTable:
         self._free: list[int] = []  # a heap, of pages below top
         self._indexes: tuple[tuple[int, int], torch.Tensor] | None = None
         self._tensor: torch.Tensor | None = None
+        self._lengths: tuple[int, torch.Tensor] | None = None
 
     @property
     def batch(self) -> int:
@@ -84,6 +85,12 @@ class PageTable:
             self._tensor = torch.tensor(self.rows, dtype=torch.int32)
         return self._tensor
 
+    def lengths(self, length: int) -> torch.Tensor:
+        """Return a length for each sequence, int32 [B]; all layers ask for the same."""
+        if self._lengths is None or self._lengths[0] != length:
+            self._lengths = length, torch.full((self.batch,), length, dtype=torch.int32)
+        return self._lengths[1]
+
     def indexes(self, begin: int, end: int) -> torch.Tensor:
         """Return where tokens lie in the pool of all tokens, int64 [B * T]."""
         if self._indexes is None or self._indexes[0] != (begin, end):
@@ -105,4 +112,4 @@ class PageTable:
             heapq.heappush(self._free, page)
 
     def _changed(self) -> None:
-        self._tensor = self._indexes = None
+        self._tensor = self._indexes = self._lengths = None

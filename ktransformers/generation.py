@@ -1,17 +1,17 @@
-"""Streaming over transformers' own `generate`: text as it comes, timed, and stopped at will.
+"""Streaming: text as it comes, timed, and stopped at will.
 
-Where the model has latent attention, all of the prompt but its last chunk is read by `prefill`
-into a `LatentCache`, which may hold the beginning already; `generate` does the rest. It runs on a
-thread of its own and hands over token ids; whoever iterates gets whole characters. A stop takes
-effect at the next decoder layer, in prefill too, and leaves the model as it was and the cache with
-the tokens that were completed.
+Where the model has latent attention, `prefill` reads the prompt into a `LatentCache`, which may
+hold the beginning already, and `decode` answers, or for what that does not do transformers' own
+`generate`, as for other models. That is done on a thread of its own, which hands over token ids;
+whoever iterates gets whole characters. A stop takes effect at the next decoder layer, in prefill
+too, and leaves the model as it was and the cache with the tokens that were completed.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -23,12 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ktransformers.cache import LatentCache, check_fits
-from ktransformers.prefill import (
-    check_prompt,
-    chunk_tokens,
-    last_position_only,
-    prefill,
-)
+from ktransformers.decode import Request, decode, stop_strings, takes
+from ktransformers.last_position import last_position_only
+from ktransformers.prefill import check_prompt, chunk_tokens, prefill
 
 MAX_HELD_TOKENS = 3  # a character has at most four bytes in UTF-8, and a token at least one
 
@@ -111,7 +108,8 @@ def stream(
         cache: of a model with latent attention: what it has in common with the prompt is not
             computed again, and prompt and answer are in it afterwards. By default a new one.
         chunk_size: tokens of the prompt to compute at once; see `prefill`.
-        sampling: what `generate` takes, such as max_new_tokens, do_sample, temperature.
+        sampling: what `generate` takes, such as max_new_tokens, do_sample, temperature. The text
+            ends before the first of stop_strings.
 
     Closing the generator, or an exception such as KeyboardInterrupt while it waits, ends the
     generation before it returns. What `generate` raises is raised here, and ValueError, before any
@@ -133,18 +131,8 @@ def stream(
         end: _End = _End()
         try:
             go.wait()
-            with _stopped_by(stop, model), last_position_only(model), _kept(cache, streamer):
-                streamer.begin()
-                if cache is not None:
-                    streamer.timing.cached_tokens = cache.keep_prefix(input_ids)
-                    _prefill_all_but_one_chunk(model, input_ids, cache, chunk_size)
-                model.generate(  # type: ignore[operator]  # typed for GenerationMixin alone
-                    input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    streamer=streamer,
-                    past_key_values=cache,
-                    **sampling,
-                )
+            with _stopped_by(stop, model), _kept(cache, streamer):
+                _generate(model, tokenizer, input_ids, cache, chunk_size, streamer, sampling)
         except _Stopped:
             pass
         except BaseException as error:  # noqa: BLE001  # raised by whoever reads
@@ -156,12 +144,46 @@ def stream(
     try:
         thread.start()
         go.set()  # no sooner: Ctrl-C in start() must find a thread that does nothing yet
-        yield from whole_characters(tokenizer, streamer.token_ids())
+        text = whole_characters(tokenizer, streamer.token_ids())
+        yield from text_before(stop_strings(model, sampling), text)
     finally:
         stop.set()
         go.set()
         with suppress(RuntimeError):  # it is only just starting, and ends at its first layer
             thread.join()
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    cache: LatentCache | None,
+    chunk_size: int | None,
+    streamer: _TokenQueue,
+    sampling: Mapping[str, Any],
+) -> None:
+    """Hand an answer to the streamer, token by token."""
+    streamer.begin()
+    if cache is not None:
+        streamer.timing.cached_tokens = cache.keep_prefix(input_ids)
+        if takes(model, sampling):
+            request = Request.of(model, tokenizer, input_ids, cache, sampling)
+            if request.is_plain:
+                streamer.put(input_ids)
+                decode(model, request, cache, streamer.put, chunk_size)
+                return
+        _prefill_all_but_one_chunk(model, input_ids, cache, chunk_size)
+    options = dict(sampling)
+    if stop_strings(model, sampling):
+        options["tokenizer"] = tokenizer
+    with last_position_only(model):
+        model.generate(  # type: ignore[operator]  # typed for GenerationMixin alone
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            streamer=streamer,
+            past_key_values=cache,
+            **options,
+        )
 
 
 def _prefill_all_but_one_chunk(
@@ -274,3 +296,26 @@ def whole_characters(tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int
         before, held = held, []
     if held and (text := piece()):
         yield text
+
+
+def text_before(stops: Sequence[str], pieces: Iterable[str]) -> Iterator[str]:
+    """Yield text up to the first of some strings, holding back what may become one of them."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [at for stop in stops if (at := held.find(stop)) >= 0]
+        if found:
+            held = held[: min(found)]
+            break
+        ready = len(held) - max((_begun(stop, held) for stop in stops), default=0)
+        if ready:
+            yield held[:ready]
+            held = held[ready:]
+    if held:
+        yield held
+
+
+def _begun(stop: str, text: str) -> int:
+    """Return how much of a string the text ends in the beginning of."""
+    lengths = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)

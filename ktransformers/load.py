@@ -32,8 +32,8 @@ from ktransformers.cache import LatentCache, check_fits
 from ktransformers.checkpoint import open_checkpoint
 from ktransformers.hub import resolve_model
 from ktransformers.inject import Plan, apply, format_replacements, plan
+from ktransformers.last_position import last_position_only
 from ktransformers.packed import AUTO, CacheMode, find_cache
-from ktransformers.prefill import last_position_only
 from ktransformers.report import build_report, count_experts
 from ktransformers.rules import load_rules
 from ktransformers.weights import LoadError, check_weights, load_weights, serve_ties

@@ -1,26 +1,21 @@
 """Prefill in chunks: a prompt of any length in memory that does not grow with it.
 
 A chunk reads every weight once, so that a large one costs less per token; what it needs beside
-the weights grows with it. `chunk_tokens` weighs the two. What a prompt is read for is the logits of
-its last position: the last layer's MLP or experts and the head are computed for that one alone,
-in this module's contexts. A plain `forward` computes everything.
+the weights grows with it. `chunk_tokens` weighs the two.
 
 Shape suffixes: B sequences, T tokens.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ktransformers.cache import LatentCache
 from ktransformers.progress import token_progress
+from ktransformers.stack import last_logits_of
 
 # An int8 expert reads a byte for two operations per token, and machines do some 50 in that time
 # (docs/log.md): from about 24 tokens on it computes longer than it reads. At four times that,
@@ -30,7 +25,6 @@ DENSE_CHUNK = 512  # tokens, for a model without experts, whose weights are all 
 MEMORY = 128 << 20  # bytes of activations of a chunk, or so large a part of the weights:
 MEMORY_SHARE = 512
 STEP = 64  # tokens; chunks are multiples, as kernels and pages are
-FULL_OUTPUTS = ("output_hidden_states", "output_router_logits")
 
 
 def prefill(
@@ -63,23 +57,15 @@ def prefill(
         raise ValueError(f"chunk_size {chunk} is not a number of 1 or more")
     known = cache.token_ids if past else token_ids[:, :0]
     logits = token_ids[:, :0]
+    last_logits = last_logits_of(model)
     try:
-        with (
-            torch.no_grad(),
-            last_position_only(model),
-            token_progress("Reading the prompt", T) as advance,
-        ):
+        with torch.no_grad(), token_progress("Reading the prompt", T) as advance:
             for begin in range(0, T, chunk):
                 ids = token_ids[:, begin : begin + chunk]
                 start, end = past + begin, past + begin + ids.shape[1]
-                logits = model(
-                    input_ids=ids,
-                    attention_mask=None if attention_mask is None else attention_mask[:, :end],
-                    position_ids=None if positions is None else positions[:, start:end],
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
+                mask = None if attention_mask is None else attention_mask[:, :end]
+                position_ids = None if positions is None else positions[:, start:end]
+                logits = last_logits(ids, cache, mask, position_ids)
                 advance(ids.shape[1])
     finally:
         cache.cut(cache.completed())
@@ -163,67 +149,3 @@ def activation_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     routed = getattr(config, "moe_intermediate_size", None) or 0
     experts = 4 * 3 * routed * (getattr(config, "num_experts_per_tok", None) or 0)
     return int(max(itemsize * max(mlp, attention), experts) + 4 * itemsize * D)
-
-
-class _Call(threading.local):
-    """The call that runs on a thread."""
-
-    last_only = False
-
-
-_call = _Call()
-
-
-def only_last_position() -> bool:
-    """Return whether the model's call that runs here wants the last position of each sequence.
-
-    For an operator in the last layer's place, which `last_position_only` can't look into.
-    """
-    return _call.last_only
-
-
-@contextmanager
-def last_position_only(model: PreTrainedModel) -> Iterator[None]:
-    """Compute the last layer's MLP for the last position alone, where only its logits are kept.
-
-    Holds for calls on this thread with `logits_to_keep=1` that ask for no outputs of layers; their
-    logits are the same. Every other call computes everything.
-    """
-    layers = getattr(model.base_model, "layers", None)
-    mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, nn.ModuleList) else None
-    here = threading.get_ident()
-    length = 0
-
-    def before_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() == here:
-            full = any(kwargs.get(k) or getattr(model.config, k, False) for k in FULL_OUTPUTS)
-            _call.last_only = kwargs.get("logits_to_keep") == 1 and not full
-
-    def before_mlp(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        nonlocal length
-        if not _call.last_only or threading.get_ident() != here:
-            return None
-        length = args[0].shape[1]
-        return (args[0][:, -1:], *args[1:])
-
-    def after_mlp(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
-        if not _call.last_only or threading.get_ident() != here or length == 1:
-            return None
-        return output.expand(-1, length, -1)  # nothing reads the others
-
-    def after_model(*_: object) -> None:
-        if threading.get_ident() == here:
-            _call.last_only = False
-
-    handles = [
-        model.register_forward_pre_hook(before_model, with_kwargs=True),
-        model.register_forward_hook(after_model, always_call=True),
-    ]
-    if mlp is not None:
-        handles.append(mlp.register_forward_pre_hook(before_mlp))
-        handles.append(mlp.register_forward_hook(after_mlp))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

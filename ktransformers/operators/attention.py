@@ -43,6 +43,7 @@ class MlaAttention(PackedOperator):
     """Compute latent attention on the CPU in its absorbed form, or expanded where that is less."""
 
     consumes: ClassVar[tuple[str, ...]] = ("kv_b_proj",)
+    causal: ClassVar[bool] = True
 
     uk_packed: torch.Tensor
     uk_scale: torch.Tensor

@@ -15,7 +15,7 @@ qk_rope_head_dim, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from ktransformers.attention_mask import valid_keys
 from ktransformers.base import Checkpoint, Footprint, Site
 from ktransformers.cache import LatentCache, LatentPages
 from ktransformers.cpu_options import check_site, chunk_size, thread_count, weight_format
+from ktransformers.last_position import only_last_position
 from ktransformers.packed_weights import (
     AnyWeights,
     ExpertsWeights,
@@ -44,7 +45,6 @@ from ktransformers.placement import (
     Placement,
     weight_placement,
 )
-from ktransformers.prefill import only_last_position
 from ktransformers.rules import top_k_of_layer
 
 UNKEPT = ("attentions", "router_logits")  # of what transformers records
@@ -53,6 +53,8 @@ V2_METHODS = ("greedy", "group_limited_greedy")
 
 class CpuDecoderLayer(PlacedOperator):
     """Compute a decoder layer of DeepSeek-V2 or V3 on the CPU from packed weights."""
+
+    causal: ClassVar[bool] = True
 
     def __init__(
         self,

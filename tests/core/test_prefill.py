@@ -10,7 +10,8 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from ktransformers import optimize_and_load
 from ktransformers.cache import LatentCache
-from ktransformers.prefill import activation_bytes, chunk_tokens, last_position_only, prefill
+from ktransformers.last_position import last_position_only
+from ktransformers.prefill import activation_bytes, chunk_tokens, prefill
 from tiny_models import random_model, v2_config, v3_config
 
 IDS = torch.randint(3, 96, (2, 50), generator=torch.Generator().manual_seed(0))

@@ -12,9 +12,9 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, Static
 
 from ktransformers import optimize_and_load
 from ktransformers.cache import LatentCache
+from ktransformers.last_position import last_position_only
 from ktransformers.packing import pack
 from ktransformers.placement import Placement
-from ktransformers.prefill import last_position_only
 from ktransformers.report import count_experts
 from ktransformers.rules import RuleError
 from ktransformers.weights import LoadError

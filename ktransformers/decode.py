@@ -1,0 +1,144 @@
+"""The decode loop: a token from the logits, the logits from the token, and nothing in its way.
+
+transformers' `generate` checks a request and makes logits processors and stopping criteria of it,
+from the model's generation config and the arguments; then `custom_generate` has it hand them over
+instead of looping itself. The tokens are those that its own loop would choose, with the same seed
+too. What this is not for, such as beams, `generate` does in its own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.configuration_utils import GenerationMode
+
+from ktransformers.cache import LatentCache, check_fits
+from ktransformers.prefill import prefill
+from ktransformers.stack import DecoderStack
+
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+UNKEPT = ("return_dict_in_generate", "output_attentions", "output_hidden_states")
+OTHER_LOOPS = ("assistant_model", "custom_generate")  # arguments that ask for one
+
+
+def takes(model: PreTrainedModel, sampling: Mapping[str, Any]) -> bool:
+    """Return whether a request may be one for `decode`; `Request.is_plain` says the rest."""
+    return DecoderStack.fits(model) and not any(sampling.get(name) for name in OTHER_LOOPS)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What transformers made of the arguments of `generate`."""
+
+    input_ids: torch.Tensor  # [B, T]
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    generation_config: GenerationConfig
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        input_ids: torch.Tensor,
+        cache: LatentCache,
+        sampling: Mapping[str, Any],
+    ) -> Request:
+        """Let `generate` check and prepare a request. Raises what it raises."""
+        options = dict(sampling)
+        stop = stop_strings(model, options)
+        if stop:  # a custom_generate is not given the tokenizer
+            criteria = [*options.get("stopping_criteria", ()), StopStringCriteria(tokenizer, stop)]
+            options |= {"stop_strings": None, "stopping_criteria": StoppingCriteriaList(criteria)}
+        request: Request = model.generate(  # type: ignore[operator]  # typed for GenerationMixin
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            past_key_values=cache,
+            custom_generate=_hand_over,
+            **options,
+        )
+        return request
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `decode` chooses the tokens that `generate` would."""
+        config = self.generation_config
+        unkept = any(getattr(config, name) for name in UNKEPT)
+        return (
+            config.get_generation_mode() in MODES
+            and len(self.input_ids) == 1
+            and bool(config.use_cache)
+            and not unkept
+        )
+
+
+def _hand_over(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **_: Any,
+) -> Request:
+    return Request(input_ids, logits_processor, stopping_criteria, generation_config)
+
+
+def stop_strings(model: PreTrainedModel, sampling: Mapping[str, Any]) -> list[str]:
+    """Return the strings that end an answer: those asked for, or else the model's own."""
+    config = sampling.get("generation_config") or model.generation_config
+    found = sampling.get("stop_strings", getattr(config, "stop_strings", None)) or []
+    return [found] if isinstance(found, str) else list(found)
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    request: Request,
+    cache: LatentCache,
+    on_token: Callable[[torch.Tensor], None],
+    chunk_size: int | None = None,
+) -> None:
+    """Answer a plain request for a model that `DecoderStack` fits.
+
+    Args:
+        model: computes.
+        request: of one sequence, whose beginning may be in the cache.
+        cache: is filled with prompt and answer, but for the last token, which nobody reads.
+        on_token: is told of each new token, [1].
+        chunk_size: tokens of the prompt to compute at once; see `prefill`.
+
+    Raises ValueError where prompt and answer do not fit the cache.
+    """
+    config, (_, length) = request.generation_config, request.input_ids.shape
+    check_fits(config.max_length - 1, cache.max_tokens)
+    ids = request.input_ids.new_empty(1, config.max_length)
+    ids[:, :length] = request.input_ids
+    logits = prefill(
+        model, request.input_ids[:, cache.get_seq_length() :], cache, chunk_size=chunk_size
+    )
+    stack = DecoderStack(model)
+    while True:
+        scores = logits.float()
+        for processor in request.logits_processor:
+            scores = processor(ids[:, :length], scores)
+        if config.do_sample:
+            token = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+        else:
+            token = scores.argmax(dim=-1, keepdim=True)
+        ids[:, length] = token[:, 0]
+        length += 1
+        on_token(token[:, 0])
+        if request.stopping_criteria(ids[:, :length], None):
+            return
+        logits = stack.last_logits(token, cache)

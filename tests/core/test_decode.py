@@ -1,0 +1,203 @@
+"""The decode loop gives the tokens of transformers' `generate`, seed for seed, without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+
+from ktransformers import optimize_and_load
+from ktransformers.cache import LatentCache
+from ktransformers.decode import Request, decode, takes
+from ktransformers.stack import BLOCK, DecoderStack
+from tiny_models import random_model, v2_config, v3_config
+
+OPERATORS = "ktransformers.operators"
+LAYER = {
+    "match": {"name": r"^model\.layers\.\d+$"},
+    "replace": {"class": f"{OPERATORS}.decoder_layer.CpuDecoderLayer", "kwargs": {"threads": 1}},
+}
+ATTENTION = {
+    "match": {"name": r"\.self_attn$"},
+    "replace": {"class": f"{OPERATORS}.attention.MlaAttention", "kwargs": {"threads": 1}},
+}
+EXPERTS = {
+    "match": {"name": r"\.mlp\.experts$"},
+    "replace": {"class": f"{OPERATORS}.experts.CpuExperts", "kwargs": {"threads": 1}},
+}
+FIRST_ATTENTION = {**ATTENTION, "match": {"name": r"layers\.0\.self_attn$"}}
+RULES: dict[str, list[dict[str, Any]]] = {
+    "huggingface": [],
+    "experts": [EXPERTS],
+    "attention": [ATTENTION],
+    "attention of one layer": [FIRST_ATTENTION],
+    "layers": [LAYER],
+}
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "temperature": {"do_sample": True, "temperature": 0.7, "top_k": 0},
+    "top_k": {"do_sample": True, "top_k": 5},
+    "top_p": {"do_sample": True, "top_p": 0.5, "top_k": 0},
+    "min_p": {"do_sample": True, "min_p": 0.2, "top_k": 0},
+    "repetition_penalty": {"do_sample": False, "repetition_penalty": 1.5},
+    "no_repeat_ngram_size": {"do_sample": False, "no_repeat_ngram_size": 2},
+    "several stop tokens": {"do_sample": True, "eos_token_id": list(range(4, 12)), "top_k": 0},
+    "min_new_tokens": {"do_sample": True, "eos_token_id": list(range(2, 40)), "min_new_tokens": 6},
+    "guidance_scale": {"do_sample": False, "guidance_scale": 1.5},
+}
+IDS = torch.randint(12, 96, (1, 30), generator=torch.Generator().manual_seed(0))
+
+
+def load(config: PreTrainedConfig, rules: str) -> PreTrainedModel:
+    model = random_model(config)
+    return optimize_and_load(model, RULES[rules]) if RULES[rules] else model
+
+
+def tokens_of_ours(model: PreTrainedModel, input_ids: torch.Tensor, **options: Any) -> list[int]:
+    chunk_size = options.pop("chunk_size", None)
+    cache = LatentCache.for_model(model, 120)
+    request = Request.of(model, None, input_ids, cache, options)  # type: ignore[arg-type]  # no stop strings
+    assert request.is_plain
+    tokens: list[int] = []
+    decode(model, request, cache, lambda token: tokens.append(int(token)), chunk_size)
+    assert cache.get_seq_length() == input_ids.shape[1] + len(tokens) - 1
+    return tokens
+
+
+def tokens_of_generate(
+    model: PreTrainedModel, input_ids: torch.Tensor, **options: Any
+) -> list[int]:
+    cache = LatentCache.for_model(model, 120)
+    ids = model.generate(input_ids, past_key_values=cache, **options)  # type: ignore[operator]  # typed for GenerationMixin alone
+    return list(ids[0, input_ids.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("sampling", ["greedy", "temperature"])
+def test_tokens_are_those_of_generate_whatever_is_replaced(
+    config: PreTrainedConfig, rules: str, sampling: str
+) -> None:
+    model = load(config, rules)
+    over_a_block = {"min_new_tokens": 45, "max_new_tokens": 45}
+    options = {**SAMPLING[sampling], **over_a_block}
+    torch.manual_seed(3)
+    want = tokens_of_generate(model, IDS, **options)
+    torch.manual_seed(3)
+    assert tokens_of_ours(model, IDS, **options) == want
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_tokens_are_those_of_generate_however_they_are_chosen(sampling: str) -> None:
+    model = random_model(v3_config())
+    options = {**SAMPLING[sampling], "max_new_tokens": 30}
+    for seed in range(2):
+        torch.manual_seed(seed)
+        want = tokens_of_generate(model, IDS, **options)
+        torch.manual_seed(seed)
+        assert tokens_of_ours(model, IDS, **options) == want
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": None},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        {"attn_implementation": "eager"},
+    ],
+)
+def test_tokens_are_those_of_generate_for_other_rotary_and_attention(
+    changes: dict[str, Any],
+) -> None:
+    config = v3_config(max_position_embeddings=48, **changes)
+    model = random_model(config)
+    options = {"do_sample": False, "max_new_tokens": 45}
+    assert tokens_of_ours(model, IDS, **options) == tokens_of_generate(model, IDS, **options)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 29, 30])
+def test_the_size_of_chunks_changes_no_token(config: PreTrainedConfig, chunk_size: int) -> None:
+    model = random_model(config)
+    options = {"do_sample": False, "max_new_tokens": 20}
+    want = tokens_of_generate(model, IDS, **options)
+    assert tokens_of_ours(model, IDS, chunk_size=chunk_size, **options) == want
+
+
+def test_arguments_of_generate_are_heard(config: PreTrainedConfig) -> None:
+    model = random_model(config)
+
+    def never_50(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, 50:] = -torch.inf
+        return scores
+
+    def after_40(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.tensor([input_ids.shape[1] >= 40])
+
+    tokens = tokens_of_ours(
+        model,
+        IDS,
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=30),
+        logits_processor=LogitsProcessorList([never_50]),
+        stopping_criteria=StoppingCriteriaList([after_40]),
+    )
+    assert len(tokens) == 10
+    assert max(tokens) < 50
+
+
+def test_angles_of_a_block_are_those_of_each_position(config: PreTrainedConfig) -> None:
+    stack = DecoderStack(random_model(config))
+    x = torch.empty(1, 1, 64)
+    for past in range(2 * BLOCK):
+        together, alone = stack._next_angles(x, past), stack.rotary(x, torch.tensor([[past]]))
+        if isinstance(alone, torch.Tensor):
+            together, alone = [together], [alone]
+        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"num_beams": 2},
+        {"return_dict_in_generate": True},
+        {"use_cache": False},
+        {"num_return_sequences": 2, "do_sample": True},
+    ],
+)
+def test_what_the_loop_does_not_do_is_no_plain_request(options: dict[str, Any]) -> None:
+    model = random_model(v3_config())
+    cache = LatentCache.for_model(model, 60)
+    request = Request.of(model, None, IDS, cache, {"max_new_tokens": 5, **options})  # type: ignore[arg-type]  # as above
+    assert not request.is_plain
+
+
+def test_a_model_that_is_not_known_or_not_as_it_was_is_left_to_transformers() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8}
+    heads: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    assert not takes(random_model(LlamaConfig(num_hidden_layers=1, **sizes, **heads)), {})
+    model = random_model(v2_config())
+    assert takes(model, {})
+    assert takes(optimize_and_load(random_model(v2_config()), [LAYER]), {})
+    assert not takes(model, {"assistant_model": model})
+    handle = model.model.register_forward_hook(lambda *_: None)
+    assert not takes(model, {})
+    handle.remove()
+    model.forward = lambda: None
+    assert not takes(model, {})
+
+
+def test_an_answer_that_does_not_fit_the_cache_is_refused_before_any_work() -> None:
+    model = random_model(v3_config())
+    cache = LatentCache.for_model(model, 40)
+    request = Request.of(model, None, IDS, cache, {"max_length": 42})  # type: ignore[arg-type]  # as above
+    with pytest.raises(ValueError, match="41 tokens, prompt and answer together, do not fit a"):
+        decode(model, request, cache, lambda _: None)
+    assert cache.get_seq_length() == 0
