@@ -4,10 +4,13 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "binding.h"
@@ -280,6 +283,28 @@ PyType_Slot decoder_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(decoder_
                                {Py_tp_clear, reinterpret_cast<void*>(decoder_layer::clear)},
                                {0, nullptr}};
 
+// Layers one after the other; their outputs take turns in two tensors. Returns the last one's.
+nb::object bind_forward_layers(const nb::list& layers, nb::object hidden_states, nb::handle cos,
+                               nb::handle sin, const nb::list& caches, nb::handle block_table,
+                               nb::handle lengths, nb::object out, nb::object other_out,
+                               nb::handle check) {
+  if (caches.size() != layers.size()) {
+    value_error("caches: " + std::to_string(caches.size()) + ", expected one for each of " +
+                std::to_string(layers.size()) + " layers");
+  }
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (!check.is_none()) check();
+    const auto [latent, scale, rope] =
+        nb::cast<std::tuple<nb::object, nb::object, nb::object>>(caches[i]);
+    nb::cast<const decoder_layer&>(layers[i]).forward(hidden_states, cos, sin, latent, scale, rope,
+                                                      block_table, lengths, nb::none(), out,
+                                                      nb::none(), false);
+    hidden_states = out;
+    std::swap(out, other_out);
+  }
+  return hidden_states;
+}
+
 void bind_rms_norm(nb::handle x, nb::handle weight, double eps, nb::handle out,
                    const optional_isa& wanted) {
   const tensor_view xv = view_tensor(x, "x", {element::bf16, element::fp32}, {any_size, any_size});
@@ -388,6 +413,9 @@ void bind_decoder(nb::module_& m) {
       .def("finish", &decoder_layer::finish, "hidden_states"_a, "q"_a, "latent"_a, "rope"_a,
            "block_table"_a, "lengths"_a, "valid"_a.none(), "out"_a, "chosen"_a.none() = nb::none(),
            "last_only"_a = false);
+  m.def("forward_layers", &bind_forward_layers, "layers"_a, "hidden_states"_a, "cos"_a,
+        "sin"_a.none(), "caches"_a, "block_table"_a, "lengths"_a, "out"_a, "other_out"_a,
+        "check"_a.none() = nb::none());
 }
 
 }  // namespace kt

@@ -590,3 +590,22 @@ class DecoderLayer:
         last_only: bool = False,
     ) -> None:
         """Do what comes after the cache, with the queries of `project`; else as `forward`."""
+
+def forward_layers(
+    layers: Sequence[DecoderLayer],
+    hidden_states: Tensor,
+    cos: Tensor,
+    sin: Tensor | None,
+    caches: Sequence[tuple[Tensor, Tensor | None, Tensor]],
+    block_table: Tensor,
+    lengths: Tensor,
+    out: Tensor,
+    other_out: Tensor,
+    check: Callable[[], object] | None = None,
+) -> Tensor:
+    """Compute decoder layers one after the other, each as its `forward` does.
+
+    `caches` has latent, latent_scale and rope of each. Outputs alternate between `out` and
+    `other_out`; the one with the last layer's is returned. `check` is called before each layer;
+    what it raises ends the call.
+    """

@@ -8,7 +8,7 @@ its own weights from a checkpoint in `load`. What it cannot do it says by raisin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -67,6 +67,26 @@ class Checkpoint(Protocol):
         """
 
 
+class Chain(Protocol):
+    """What decodes a token of each sequence with all decoder layers of a model."""
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any,
+        cache: Any,
+        check: Callable[[], object] | None,
+    ) -> torch.Tensor:
+        """Return the last layer's output, [B, 1, hidden_size].
+
+        Args:
+            hidden_states: [B, 1, hidden_size]; the first layer's input.
+            position_embeddings: of the model's rotary embedding.
+            cache: a `LatentCache`, which all layers have filled alike, without padding.
+            check: is called before each layer; what it raises ends the call.
+        """
+
+
 class Operator(nn.Module):
     """A module that takes another's place. Its `forward` has that module's signature."""
 
@@ -106,6 +126,17 @@ class Operator(nn.Module):
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Read `weight_shapes` into the operator's own layout; called once, off the main thread."""
         raise NotImplementedError(f"{type(self).__name__} does not define load_weights")
+
+    @classmethod
+    def chained(cls, layers: Sequence[Any]) -> Chain | None:
+        """Return a function that does the work of decoder layers of this class in fewer calls.
+
+        Args:
+            layers: all of a model's, in order, none of them hooked.
+
+        None, as here, where each has to be called, if only because its routing is watched.
+        """
+        return None
 
     def experts_per_token(self) -> int | None:
         """Routed experts that a token gets behind this operator; None where it changes nothing.

@@ -34,6 +34,7 @@ DTYPES = {  # of the latent, and of the rope part
     "fp32": (torch.float32, torch.float32),
     "int8": (torch.int8, torch.bfloat16),
 }
+LayerTensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # latent, scale, rope
 ROW_MULTIPLE = 64  # quantize_rows pads its rows to so many
 
 
@@ -275,6 +276,19 @@ class LatentCache(Cache):
     def wrote(self, layer_idx: int, T: int) -> None:
         """Count the tokens that a layer had room for and has written."""
         self.layers[layer_idx].length += T
+
+    def make_room_in_all(self, B: int, T: int) -> tuple[list[LayerTensors], LatentPages]:
+        """Do for all layers, which hold the same tokens, what `make_room` does for one.
+
+        Returns the tensors of each, and the first one's pages. What `wrote` says of each layer is
+        for the caller to say.
+        """
+        _, C, R = self._sizes
+        first = self.make_room(0, B, T, C, R)
+        for layer in self.layers:
+            assert layer.length == self.layers[0].length
+            layer.reserve()
+        return [(layer.latent, layer.scale, layer.rope) for layer in self.layers], first
 
     def update(
         self,

@@ -24,7 +24,6 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from ktransformers.cache import LatentCache, check_fits
-from ktransformers.prefill import prefill
 from ktransformers.stack import DecoderStack
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -55,7 +54,10 @@ class Request:
         cache: LatentCache,
         sampling: Mapping[str, Any],
     ) -> Request:
-        """Let `generate` check and prepare a request. Raises what it raises."""
+        """Let `generate` check and prepare a request.
+
+        Raises what it raises, and ValueError where prompt and answer do not fit the cache.
+        """
         options = dict(sampling)
         stop = stop_strings(model, options)
         if stop:  # a custom_generate is not given the tokenizer
@@ -68,6 +70,7 @@ class Request:
             custom_generate=_hand_over,
             **options,
         )
+        check_fits(request.generation_config.max_length - 1, cache.max_tokens)
         return request
 
     @property
@@ -106,28 +109,25 @@ def decode(
     model: PreTrainedModel,
     request: Request,
     cache: LatentCache,
+    logits: torch.Tensor,
     on_token: Callable[[torch.Tensor], None],
-    chunk_size: int | None = None,
+    check: Callable[[], object] | None = None,
 ) -> None:
     """Answer a plain request for a model that `DecoderStack` fits.
 
     Args:
         model: computes.
-        request: of one sequence, whose beginning may be in the cache.
-        cache: is filled with prompt and answer, but for the last token, which nobody reads.
+        request: of one sequence.
+        cache: holds the prompt, and is filled with the answer but for the last token, which nobody
+            reads.
+        logits: of the prompt's last position, [1, V], from `prefill`.
         on_token: is told of each new token, [1].
-        chunk_size: tokens of the prompt to compute at once; see `prefill`.
-
-    Raises ValueError where prompt and answer do not fit the cache.
+        check: is called before each layer; what it raises ends the answer.
     """
     config, (_, length) = request.generation_config, request.input_ids.shape
-    check_fits(config.max_length - 1, cache.max_tokens)
     ids = request.input_ids.new_empty(1, config.max_length)
     ids[:, :length] = request.input_ids
-    logits = prefill(
-        model, request.input_ids[:, cache.get_seq_length() :], cache, chunk_size=chunk_size
-    )
-    stack = DecoderStack(model)
+    stack = DecoderStack(model, check)
     while True:
         scores = logits.float()
         for processor in request.logits_processor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -131,8 +131,8 @@ def stream(
         end: _End = _End()
         try:
             go.wait()
-            with _stopped_by(stop, model), _kept(cache, streamer):
-                _generate(model, tokenizer, input_ids, cache, chunk_size, streamer, sampling)
+            with _kept(cache, streamer):
+                _generate(model, tokenizer, input_ids, cache, chunk_size, streamer, stop, sampling)
         except _Stopped:
             pass
         except BaseException as error:  # noqa: BLE001  # raised by whoever reads
@@ -160,9 +160,10 @@ def _generate(
     cache: LatentCache | None,
     chunk_size: int | None,
     streamer: _TokenQueue,
+    stop: threading.Event,
     sampling: Mapping[str, Any],
 ) -> None:
-    """Hand an answer to the streamer, token by token."""
+    """Hand an answer to the streamer, token by token, until it ends or is stopped."""
     streamer.begin()
     if cache is not None:
         streamer.timing.cached_tokens = cache.keep_prefix(input_ids)
@@ -170,13 +171,17 @@ def _generate(
             request = Request.of(model, tokenizer, input_ids, cache, sampling)
             if request.is_plain:
                 streamer.put(input_ids)
-                decode(model, request, cache, streamer.put, chunk_size)
+                with _stopped_by(stop, model):
+                    new = input_ids[:, cache.get_seq_length() :]
+                    logits = prefill(model, new, cache, chunk_size=chunk_size)
+                decode(model, request, cache, logits, streamer.put, _raises_once(stop))
                 return
-        _prefill_all_but_one_chunk(model, input_ids, cache, chunk_size)
     options = dict(sampling)
     if stop_strings(model, sampling):
         options["tokenizer"] = tokenizer
-    with last_position_only(model):
+    with _stopped_by(stop, model), last_position_only(model):
+        if cache is not None:
+            _prefill_all_but_one_chunk(model, input_ids, cache, chunk_size)
         model.generate(  # type: ignore[operator]  # typed for GenerationMixin alone
             input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -247,6 +252,16 @@ class _Stopped(Exception):
     """Unwinds `generate` from within a layer."""
 
 
+def _raises_once(stop: threading.Event) -> Callable[[], None]:
+    """Return a function that raises `_Stopped` once `stop` is set."""
+
+    def check() -> None:
+        if stop.is_set():
+            raise _Stopped
+
+    return check
+
+
 @contextmanager
 def _stopped_by(stop: threading.Event, model: nn.Module) -> Iterator[None]:
     """Raise `_Stopped` at the next decoder layer once `stop` is set.
@@ -255,13 +270,14 @@ def _stopped_by(stop: threading.Event, model: nn.Module) -> Iterator[None]:
     the model's, and other threads may generate with it: only the one that is here stops.
     """
     here = threading.get_ident()
+    check = _raises_once(stop)
 
-    def check(*_: object) -> None:
-        if stop.is_set() and threading.get_ident() == here:
-            raise _Stopped
+    def hook(*_: object) -> None:
+        if threading.get_ident() == here:
+            check()
 
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    handles = [layer.register_forward_pre_hook(check) for layers in lists for layer in layers]
+    handles = [layer.register_forward_pre_hook(hook) for layers in lists for layer in layers]
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ Shape suffixes: B sequences, T new tokens, L cached tokens with them, V vocab_si
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
-from ktransformers.base import Operator
+from ktransformers.base import Chain, Operator
 from ktransformers.cache import LatentCache
 from ktransformers.last_position import FULL_OUTPUTS, last_position_of, last_position_only
 
@@ -64,8 +65,10 @@ def last_logits_of(model: PreTrainedModel) -> LastLogits:
 class DecoderStack:
     """The parts of a DeepSeek-V2 or V3 model, whatever operators stand among them."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, check: Callable[[], object] | None = None):
+        """Take a model that `fits` apart; `check` is called before each layer."""
         base: Any = model.base_model
+        self.check = check
         self.config = model.config
         self.embedding: nn.Module = base.embed_tokens
         self.rotary: nn.Module = base.rotary_emb
@@ -74,6 +77,7 @@ class DecoderStack:
         self.head: nn.Module = model.lm_head
         self.needs_mask = not all(_is_causal(layer) for layer in self.layers)
         self.has_fixed_angles = base.rotary_emb.rope_type in FIXED_ROPE
+        self.chain = _chain_of(self.layers)
         self._angles: tuple[int, Any] | None = None  # from a position on
 
     @staticmethod
@@ -102,6 +106,8 @@ class DecoderStack:
         mask: Any = attention_mask
         if T == 1 and mask is None and position_ids is None:
             angles = self._next_angles(x, past)
+            if self.chain is not None:
+                return self._logits(self.chain(x, angles, cache, self.check))
         else:
             if position_ids is None:
                 position_ids = torch.arange(past, past + T, device=x.device)[None]
@@ -110,6 +116,8 @@ class DecoderStack:
                 mask = create_causal_mask(self.config, x, mask, cache, position_ids)
         with last_position_of(self.layers[-1]) if T > 1 else nullcontext():
             for layer in self.layers:
+                if self.check is not None:
+                    self.check()
                 x = layer(
                     x,
                     attention_mask=mask,
@@ -117,7 +125,10 @@ class DecoderStack:
                     use_cache=True,
                     position_embeddings=angles,
                 )
-        logits: torch.Tensor = self.head(self.norm(x[:, -1:]))[:, -1]
+        return self._logits(x[:, -1:])
+
+    def _logits(self, last: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.norm(last))[:, -1]
         return logits
 
     def _next_angles(self, x: torch.Tensor, past: int) -> Any:
@@ -132,6 +143,16 @@ class DecoderStack:
         if isinstance(angles, torch.Tensor):  # complex, of V2
             return angles[:, at : at + 1]
         return tuple(part[:, at : at + 1] for part in angles)  # cosines and sines
+
+
+def _chain_of(layers: Sequence[nn.Module]) -> Chain | None:
+    first = layers[0]
+    if not isinstance(first, Operator) or any(
+        type(layer) is not type(first) or layer._forward_hooks or layer._forward_pre_hooks
+        for layer in layers
+    ):
+        return None
+    return first.chained(layers)
 
 
 def _is_causal(layer: nn.Module) -> bool:

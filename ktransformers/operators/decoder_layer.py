@@ -27,7 +27,7 @@ from typing_extensions import Self
 
 from ktransformers import _native
 from ktransformers.attention_mask import valid_keys
-from ktransformers.base import Checkpoint, Footprint, Site
+from ktransformers.base import Chain, Checkpoint, Footprint, Site
 from ktransformers.cache import LatentCache, LatentPages
 from ktransformers.cpu_options import check_site, chunk_size, thread_count, weight_format
 from ktransformers.last_position import only_last_position
@@ -217,6 +217,33 @@ class CpuDecoderLayer(PlacedOperator):
     def watch_routing(self, record: Callable[[int, torch.Tensor], None] | None) -> None:
         """Report the experts that the native layer chooses."""
         self._record = record if self.num_experts else None
+
+    @classmethod
+    def chained(cls, layers: Sequence[Any]) -> Chain | None:
+        """Return one native call for all layers."""
+        natives = [layer._layer for layer in layers]
+        if None in natives or any(layer._record for layer in layers):
+            return None
+        first: CpuDecoderLayer = layers[0]
+
+        def chain(
+            hidden_states: torch.Tensor,
+            position_embeddings: Any,
+            cache: LatentCache,
+            check: Callable[[], object] | None,
+        ) -> torch.Tensor:
+            first.check_no_gradient(hidden_states)
+            x = hidden_states.contiguous()
+            caches, pages = cache.make_room_in_all(x.shape[0], 1)
+            table, lengths = pages.block_table, pages.lengths
+            cos, sin = first.angles(position_embeddings)
+            outs = torch.empty_like(x), torch.empty_like(x)
+            out = _native.forward_layers(natives, x, cos, sin, caches, table, lengths, *outs, check)
+            for index in range(len(natives)):
+                cache.wrote(index, 1)
+            return out
+
+        return chain
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(

@@ -14,10 +14,13 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
+from transformers.masking_utils import create_causal_mask
 
 from ktransformers import optimize_and_load
 from ktransformers.cache import LatentCache
 from ktransformers.decode import Request, decode, takes
+from ktransformers.prefill import prefill
+from ktransformers.report import count_experts
 from ktransformers.stack import BLOCK, DecoderStack
 from tiny_models import random_model, v2_config, v3_config
 
@@ -68,7 +71,8 @@ def tokens_of_ours(model: PreTrainedModel, input_ids: torch.Tensor, **options: A
     request = Request.of(model, None, input_ids, cache, options)  # type: ignore[arg-type]  # no stop strings
     assert request.is_plain
     tokens: list[int] = []
-    decode(model, request, cache, lambda token: tokens.append(int(token)), chunk_size)
+    logits = prefill(model, input_ids, cache, chunk_size=chunk_size)
+    decode(model, request, cache, logits, lambda token: tokens.append(int(token)))
     assert cache.get_seq_length() == input_ids.shape[1] + len(tokens) - 1
     return tokens
 
@@ -197,7 +201,67 @@ def test_a_model_that_is_not_known_or_not_as_it_was_is_left_to_transformers() ->
 def test_an_answer_that_does_not_fit_the_cache_is_refused_before_any_work() -> None:
     model = random_model(v3_config())
     cache = LatentCache.for_model(model, 40)
-    request = Request.of(model, None, IDS, cache, {"max_length": 42})  # type: ignore[arg-type]  # as above
     with pytest.raises(ValueError, match="41 tokens, prompt and answer together, do not fit a"):
-        decode(model, request, cache, lambda _: None)
-    assert cache.get_seq_length() == 0
+        Request.of(model, None, IDS, cache, {"max_length": 42})  # type: ignore[arg-type]  # as above
+
+
+@pytest.mark.parametrize("rules", ["huggingface", "layers"])
+def test_a_check_is_made_before_each_layer_and_may_end_the_answer(rules: str) -> None:
+    model = load(v3_config(), rules)
+    cache = LatentCache.for_model(model, 120)
+    request = Request.of(model, None, IDS, cache, {"min_new_tokens": 9, "max_new_tokens": 9})  # type: ignore[arg-type]  # as above
+    logits = prefill(model, IDS, cache)
+    checks: list[int] = []
+
+    def check() -> None:
+        checks.append(1)
+        if len(checks) == 3 * 2 + 2:  # before the second layer for the fourth token
+            raise InterruptedError
+
+    tokens: list[int] = []
+    with pytest.raises(InterruptedError):
+        decode(model, request, cache, logits, lambda token: tokens.append(int(token)), check)
+    assert len(tokens) == 3
+    assert cache.completed() == 30 + 2
+    cache.cut(30 + 2)
+    all_ids = torch.cat([IDS, torch.tensor([tokens])], dim=1)
+    want = prefill(model, all_ids, LatentCache.for_model(model, 120))
+    again = prefill(model, all_ids[:, -1:], cache)
+    assert (again - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_layers_whose_routing_is_watched_are_called_one_by_one() -> None:
+    model = load(v3_config(), "layers")
+    assert DecoderStack(model).chain is not None
+    with count_experts(model) as counter:
+        assert DecoderStack(model).chain is None
+        tokens_of_ours(model, IDS, do_sample=False, max_new_tokens=5)
+    assert counter.mean == 4
+    handle = model.model.layers[1].register_forward_hook(lambda *_: None)
+    assert DecoderStack(model).chain is None
+    handle.remove()
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_attention_that_is_causal_gets_no_mask(
+    rules: str, config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody makes one of queries x keys, which would grow with the prompt."""
+    model = load(config, rules)
+    made: list[int] = []
+    masks: list[torch.Tensor | None] = []
+
+    def make(*args: Any) -> Any:
+        made.append(1)
+        return create_causal_mask(*args)
+
+    monkeypatch.setattr("ktransformers.stack.create_causal_mask", make)
+    handle = model.model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    prefill(model, IDS, LatentCache.for_model(model, 40), chunk_size=10)
+    handle.remove()
+    causal = rules in ("attention", "layers")
+    assert len(made) == (0 if causal else 3)
+    assert len(masks) == 3
+    assert all((mask is None) == causal for mask in masks[1:])

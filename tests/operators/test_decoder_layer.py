@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
-from ktransformers import optimize_and_load
+from ktransformers import _native, optimize_and_load
 from ktransformers.cache import LatentCache
 from ktransformers.last_position import last_position_only
 from ktransformers.packing import pack
@@ -370,3 +370,10 @@ def test_weights_on_several_nodes_give_the_same_bits(
         assert layer.footprint().weight_bytes == sum(buffer.nbytes for buffer in layer.buffers())
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, whole(IDS).logits)
+
+
+def test_layers_in_one_call_want_a_cache_for_each() -> None:
+    none = torch.empty(0)
+    caches = [(none, None, none)]
+    with pytest.raises(ValueError, match="caches: 1, expected one for each of 0 layers"):
+        _native.forward_layers([], none, none, None, caches, none, none, none, none)
