@@ -28,12 +28,7 @@ from ktransformers.stack import DecoderStack
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 UNKEPT = ("return_dict_in_generate", "output_attentions", "output_hidden_states")
-OTHER_LOOPS = ("assistant_model", "custom_generate")  # arguments that ask for one
-
-
-def takes(model: PreTrainedModel, sampling: Mapping[str, Any]) -> bool:
-    """Return whether a request may be one for `decode`; `Request.is_plain` says the rest."""
-    return DecoderStack.fits(model) and not any(sampling.get(name) for name in OTHER_LOOPS)
+OTHER_LOOPS = ("assistant_model", "custom_generate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,45 +40,43 @@ class Request:
     stopping_criteria: StoppingCriteriaList
     generation_config: GenerationConfig
 
-    @classmethod
-    def of(
-        cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        input_ids: torch.Tensor,
-        cache: LatentCache,
-        sampling: Mapping[str, Any],
-    ) -> Request:
-        """Let `generate` check and prepare a request.
 
-        Raises what it raises, and ValueError where prompt and answer do not fit the cache.
-        """
-        options = dict(sampling)
-        stop = stop_strings(model, options)
-        if stop:  # a custom_generate is not given the tokenizer
-            criteria = [*options.get("stopping_criteria", ()), StopStringCriteria(tokenizer, stop)]
-            options |= {"stop_strings": None, "stopping_criteria": StoppingCriteriaList(criteria)}
-        request: Request = model.generate(  # type: ignore[operator]  # typed for GenerationMixin
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            past_key_values=cache,
-            custom_generate=_hand_over,
-            **options,
-        )
-        check_fits(request.generation_config.max_length - 1, cache.max_tokens)
-        return request
+def plain_request(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    cache: LatentCache,
+    sampling: Mapping[str, Any],
+) -> Request | None:
+    """Let `generate` check and prepare a request; return it if it is for `decode`.
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether `decode` chooses the tokens that `generate` would."""
-        config = self.generation_config
-        unkept = any(getattr(config, name) for name in UNKEPT)
-        return (
-            config.get_generation_mode() in MODES
-            and len(self.input_ids) == 1
-            and bool(config.use_cache)
-            and not unkept
-        )
+    None means one for another loop of transformers, such as for beams or an assistant.
+
+    Raises what `generate` raises, and ValueError where prompt and answer do not fit the cache.
+    """
+    if any(sampling.get(name) for name in OTHER_LOOPS):
+        return None
+    options = dict(sampling)
+    stop = stop_strings(model, options)
+    if stop:  # a custom_generate is not given the tokenizer
+        criteria = [*options.get("stopping_criteria", ()), StopStringCriteria(tokenizer, stop)]
+        options |= {"stop_strings": None, "stopping_criteria": StoppingCriteriaList(criteria)}
+    request: Request = model.generate(  # type: ignore[operator]  # typed for GenerationMixin alone
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        past_key_values=cache,
+        custom_generate=_hand_over,
+        **options,
+    )
+    config = request.generation_config
+    check_fits(config.max_length - 1, cache.max_tokens)
+    is_plain = (
+        config.get_generation_mode() in MODES
+        and len(request.input_ids) == 1
+        and config.use_cache
+        and not any(getattr(config, name) for name in UNKEPT)
+    )
+    return request if is_plain else None
 
 
 def _hand_over(
@@ -98,10 +91,16 @@ def _hand_over(
 
 
 def stop_strings(model: PreTrainedModel, sampling: Mapping[str, Any]) -> list[str]:
-    """Return the strings that end an answer: those asked for, or else the model's own."""
+    """Return the strings that end an answer: those asked for, or else the model's own.
+
+    Raises ValueError for one that every text has.
+    """
     config = sampling.get("generation_config") or model.generation_config
     found = sampling.get("stop_strings", getattr(config, "stop_strings", None)) or []
-    return [found] if isinstance(found, str) else list(found)
+    strings = [found] if isinstance(found, str) else list(found)
+    if "" in strings:
+        raise ValueError("a stop string is empty, which would end every answer; leave it out")
+    return strings
 
 
 @torch.no_grad()

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ktransformers.cache import LatentCache, check_fits
-from ktransformers.decode import Request, decode, stop_strings, takes
+from ktransformers.decode import decode, plain_request, stop_strings
 from ktransformers.last_position import last_position_only
 from ktransformers.prefill import check_prompt, chunk_tokens, prefill
+from ktransformers.stack import DecoderStack
 
 MAX_HELD_TOKENS = 3  # a character has at most four bytes in UTF-8, and a token at least one
 
@@ -66,7 +67,7 @@ class TimingStreamer(BaseStreamer):
         self._prompt_at = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, then one new token a call."""
+        """Take the prompt, then new tokens: one a call, or of an assistant some."""
         now = time.perf_counter()
         if not self._has_prompt:
             self._has_prompt = True
@@ -77,9 +78,10 @@ class TimingStreamer(BaseStreamer):
         if self.timing.new_tokens == 0:
             self._first_at = now
             self.timing.prefill_s = now - self._prompt_at
-        self.timing.new_tokens += 1
+        self.timing.new_tokens += value.numel()
         self.timing.decode_s = now - self._first_at
-        self.on_token(int(value))
+        for token_id in value.flatten().tolist():
+            self.on_token(token_id)
 
     def on_token(self, token_id: int) -> None:
         """Do something with a new token; here, nothing."""
@@ -118,6 +120,7 @@ def stream(
     input_ids = check_prompt(model, input_ids)
     if len(input_ids) != 1:
         raise ValueError(f"{len(input_ids):,} prompts came: a stream is of one")
+    stops = stop_strings(model, sampling)
     T, limit = input_ids.shape[1], sampling.get("max_new_tokens") or 1
     if cache is None and getattr(model.config, "kv_lora_rank", None):
         cache = LatentCache.for_model(model, max(model.config.max_position_embeddings, T + limit))
@@ -144,8 +147,7 @@ def stream(
     try:
         thread.start()
         go.set()  # no sooner: Ctrl-C in start() must find a thread that does nothing yet
-        text = whole_characters(tokenizer, streamer.token_ids())
-        yield from text_before(stop_strings(model, sampling), text)
+        yield from text_before(stops, whole_characters(tokenizer, streamer.token_ids()))
     finally:
         stop.set()
         go.set()
@@ -165,23 +167,26 @@ def _generate(
 ) -> None:
     """Hand an answer to the streamer, token by token, until it ends or is stopped."""
     streamer.begin()
+    request = None
     if cache is not None:
         streamer.timing.cached_tokens = cache.keep_prefix(input_ids)
-        if takes(model, sampling):
-            request = Request.of(model, tokenizer, input_ids, cache, sampling)
-            if request.is_plain:
-                streamer.put(input_ids)
-                with _stopped_by(stop, model):
-                    new = input_ids[:, cache.get_seq_length() :]
-                    logits = prefill(model, new, cache, chunk_size=chunk_size)
-                decode(model, request, cache, logits, streamer.put, _raises_once(stop))
-                return
+        request = plain_request(model, tokenizer, input_ids, cache, sampling)
+        if request is not None and DecoderStack.fits(model):
+            streamer.put(input_ids)
+            with _stopped_by(stop, model):
+                new = input_ids[:, cache.get_seq_length() :]
+                logits = prefill(model, new, cache, chunk_size=chunk_size)
+            decode(model, request, cache, logits, streamer.put, _raises_once(stop))
+            return
     options = dict(sampling)
     if stop_strings(model, sampling):
         options["tokenizer"] = tokenizer
     with _stopped_by(stop, model), last_position_only(model):
-        if cache is not None:
+        if cache is not None and request is not None:
             _prefill_all_but_one_chunk(model, input_ids, cache, chunk_size)
+        elif cache is not None:  # an assistant's loop would not go on after what it holds
+            cache.reset()
+            streamer.timing.cached_tokens = 0
         model.generate(  # type: ignore[operator]  # typed for GenerationMixin alone
             input_ids,
             attention_mask=torch.ones_like(input_ids),

@@ -17,7 +17,13 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 import typer
 
 from ktransformers.cli.chat import HELP, converse
-from ktransformers.cli.common import CacheMode, KvFormat, errors_for_users, open_model
+from ktransformers.cli.common import (
+    CacheMode,
+    KvFormat,
+    errors_for_users,
+    open_model,
+    sampling_arguments,
+)
 
 
 class Mode(str, Enum):
@@ -81,6 +87,41 @@ def local_chat(
     device: Annotated[
         str, typer.Option("--device", help="Of what is not on the CPU anyway: cpu so far.")
     ] = "cpu",
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top_p", min=0.0, max=1.0, help="Sample from this share of probability."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top_k", min=1, help="Sample from so many tokens.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            "--min_p",
+            min=0.0,
+            max=1.0,
+            help="Sample from tokens at least this times as likely as the likeliest.",
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--repetition_penalty",
+            min=0.01,
+            help="Over 1 makes tokens that were there less likely.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Makes sampling repeatable.")
+    ] = None,
+    stop: Annotated[
+        list[str],
+        typer.Option("--stop", metavar="TEXT", help="End an answer before this text; repeatable."),
+    ] = [],  # noqa: B006  # typer copies it
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Log what is done, and show tracebacks of errors.")
     ] = False,
@@ -88,6 +129,14 @@ def local_chat(
     """Chat with a model. An empty line asks what is in the prompt file; Ctrl-C ends an answer."""
     if device != "cpu":
         raise ValueError(f"--device {device}: only cpu is supported so far")
+    sampling = sampling_arguments(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+    )
     question = None if prompt_file is None else _read(prompt_file)
     weights = None if gguf_path is None else _weights(gguf_path)
     rules = optimize_config_path or _choose_rules(model_path)
@@ -105,7 +154,13 @@ def local_chat(
     settings = {
         "cache": opened.new_cache(cache_lens, KvFormat.auto),
         "chunk_size": chunk_size,
+        **sampling,
     }
+
+    import torch
+
+    if seed is not None:
+        torch.manual_seed(seed)
     typer.secho(HELP, dim=True, err=True)
     begin = "<think>\n" if force_think else ""
     converse(opened, max_new_tokens, settings, on_enter=question, begin=begin)

@@ -18,11 +18,14 @@ from ktransformers.cli.common import (
     ChunkSize,
     Dtype,
     KvFormat,
+    MinP,
     Model,
     Opened,
     Overrides,
+    RepetitionPenalty,
     Rules,
     Seed,
+    Stop,
     Temperature,
     TopK,
     TopP,
@@ -50,6 +53,9 @@ def chat(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    stop: Stop = [],  # noqa: B006  # typer copies it
     seed: Seed = None,
     dtype: Dtype = None,
     cache: Cache = "auto",
@@ -68,7 +74,14 @@ def chat(
     Ctrl-C ends an answer. At the prompt /reset forgets the conversation, and /exit, Ctrl-D or
     Ctrl-C twice leaves.
     """
-    sampling = sampling_arguments(temperature, top_p, top_k)
+    sampling = sampling_arguments(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+    )
     opened = open_model(model, rules, overrides, dtype, cache, cache_mode, needs_chat_template=True)
 
     import torch

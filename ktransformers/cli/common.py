@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
@@ -109,6 +109,26 @@ TopP = Annotated[
 TopK = Annotated[
     int | None,
     typer.Option(min=1, help="Sample from so many tokens.  [default: the model's own]"),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Sample from tokens at least this times as likely as the likeliest.  "
+        "[default: the model's own]",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01,
+        help="Over 1 makes tokens that were there less likely.  [default: the model's own]",
+    ),
+]
+Stop = Annotated[
+    list[str],
+    typer.Option("--stop", metavar="TEXT", help="End the answer before this text; repeatable."),
 ]
 CacheLens = Annotated[
     int | None,
@@ -289,21 +309,33 @@ def _open_tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
 
 
 def sampling_arguments(
-    temperature: float | None, top_p: float | None, top_k: int | None
+    *,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    stop: Sequence[str],
 ) -> dict[str, Any]:
     """Return what `generate` takes for the options; what was not given stays the model's own.
 
     Raises ValueError for options that contradict one another.
     """
+    chooses = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    given = {name: value for name, value in chooses.items() if value is not None}
+    others: dict[str, Any] = {}
+    if repetition_penalty is not None:
+        others["repetition_penalty"] = repetition_penalty
+    if stop:
+        others["stop_strings"] = list(stop)
     if temperature == 0:
-        if top_p is not None or top_k is not None:
+        if len(given) > 1:
             raise ValueError(
-                "--temperature 0 always takes the likeliest token: leave out --top-p and --top-k"
+                "--temperature 0 always takes the likeliest token: leave out --top-p, --top-k and "
+                "--min-p"
             )
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return {"do_sample": True, **chosen} if chosen else {}
+        return {"do_sample": False, **dict.fromkeys(chooses), **others}
+    return {"do_sample": True, **given, **others} if given else others
 
 
 def new_tokens(limit: int, prompt: torch.Tensor, context: int, cache: LatentCache | None) -> int:

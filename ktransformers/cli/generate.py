@@ -17,10 +17,13 @@ from ktransformers.cli.common import (
     ChunkSize,
     Dtype,
     KvFormat,
+    MinP,
     Model,
     Overrides,
+    RepetitionPenalty,
     Rules,
     Seed,
+    Stop,
     Temperature,
     TopK,
     TopP,
@@ -47,6 +50,9 @@ def generate(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    stop: Stop = [],  # noqa: B006  # typer copies it
     seed: Seed = None,
     dtype: Dtype = None,
     cache: Cache = "auto",
@@ -66,7 +72,14 @@ def generate(
     The prompt is taken as it is, without a chat template: `ktransformers chat` uses one.
     """
     text = _read_prompt(prompt, prompt_file)
-    sampling = sampling_arguments(temperature, top_p, top_k)
+    sampling = sampling_arguments(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+    )
     opened = open_model(model, rules, overrides, dtype, cache, cache_mode)
 
     import torch

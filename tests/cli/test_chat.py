@@ -34,6 +34,15 @@ def test_a_chat_remembers_until_it_is_reset(folder: Path, rule_file: Path) -> No
     assert third == "1 of 24"
 
 
+def test_an_answer_ends_before_a_stop_text(folder: Path, rule_file: Path) -> None:
+    chat = ["chat", folder, "--rules", rule_file, *GREEDY]
+    whole = call(*chat, stdin="hello\n").out
+    stop = whole[4]
+    outcome = call(*chat, "--stop", stop, "--repetition-penalty", "1", stdin="hello\n")
+    assert outcome.out.startswith(whole.partition(stop)[0] + "\n")
+    assert stop not in outcome.out.rstrip("\n")
+
+
 def test_a_chat_is_held_in_the_cache_that_was_asked_for(folder: Path, rule_file: Path) -> None:
     options = ["--cache-lens", "40", "--cache-format", "int8", "--chunk-size", "8"]
     stdin = "hello\nhello\n"

@@ -125,7 +125,8 @@ SHIPPED = (
         ),
         (
             "generate {model} x --rules {rules} --temperature 0 --top-k 3",
-            "--temperature 0 always takes the likeliest token: leave out --top-p and --top-k",
+            "--temperature 0 always takes the likeliest token: leave out --top-p, --top-k "
+            "and --min-p",
         ),
         (
             "generate {bare} x --rules {rules}",
@@ -251,6 +252,23 @@ def test_a_seed_makes_sampling_repeatable(folder: Path, rule_file: Path) -> None
 
     assert sampled(0) == sampled(0)
     assert sampled(0) != sampled(1)
+
+
+def test_options_for_sampling_reach_the_loop(folder: Path, rule_file: Path) -> None:
+    """Each alone would change what the seed gives; all but the likeliest token are cut off."""
+
+    def answer(options: str, *more: str) -> str:
+        line = f"--max-new-tokens 12 --seed 1 {options}".split()
+        outcome = call("generate", folder, "hello", "--rules", rule_file, *line, *more)
+        assert outcome.code == 0, outcome
+        return outcome.out.removesuffix("\n")
+
+    likeliest = answer("--temperature 0")
+    for options in ("--top-k 1", "--top-p 0", "--min-p 1"):
+        assert answer(f"--temperature 1 {options}") == likeliest
+    assert answer("--temperature 0 --repetition-penalty 5") != likeliest
+    stop = likeliest[3]
+    assert answer("--temperature 0 --stop never", "--stop", stop) == likeliest.partition(stop)[0]
 
 
 def test_an_override_reaches_the_operator(folder: Path, rule_file: Path) -> None:

@@ -19,7 +19,14 @@ from transformers import (
 )
 
 from ktransformers.cache import LatentCache
-from ktransformers.generation import Timing, _Stopped, _stopped_by, stream, whole_characters
+from ktransformers.generation import (
+    Timing,
+    _Stopped,
+    _stopped_by,
+    stream,
+    text_before,
+    whole_characters,
+)
 from tiny_models import random_model
 
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -49,6 +56,111 @@ def test_text_is_what_generate_returns(
     want = model.generate(input_ids, max_new_tokens=40, **GREEDY)[0, 5:]  # type: ignore[operator]
     answer = stream(model, tokenizer, input_ids, max_new_tokens=40, **GREEDY)
     assert "".join(answer) == tokenizer.decode(want, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"do_sample": True, "temperature": 0.7},
+        {"do_sample": True, "top_p": 0.5, "top_k": 0},
+        {"do_sample": True, "top_k": 5},
+        {"do_sample": True, "min_p": 0.1},
+        {"do_sample": False, "repetition_penalty": 1.3},
+        {"do_sample": True, "eos_token_id": list(range(1, 40)), "top_k": 0},
+        {"do_sample": True, "stop_strings": ["e", "1"]},
+        {"do_sample": True, "stop_strings": "e"},
+    ],
+    ids=lambda sampling: next(reversed(sampling)),
+)
+def test_sampled_tokens_are_those_of_generate_for_the_seed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    sampling: dict[str, Any],
+) -> None:
+    options = {**sampling, "max_new_tokens": 60}
+    given = {"tokenizer": tokenizer} if "stop_strings" in sampling else {}
+    torch.manual_seed(5)
+    ids = model.generate(input_ids, **options, **given)[0, 5:]  # type: ignore[operator]  # as above
+
+    def its_own_loop(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(type(model), "_sample", its_own_loop)
+    torch.manual_seed(5)
+    cache = LatentCache.for_model(model, 100)
+    text = "".join(stream(model, tokenizer, input_ids, cache=cache, **options))
+    assert cache.token_ids[0, 5:].tolist() == ids[:-1].tolist()
+    assert not any(stop in text for stop in sampling.get("stop_strings", []))
+    if "stop_strings" in sampling or "eos_token_id" in sampling:
+        assert len(ids) < 60
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "want"),
+    [
+        (["ab", "cd"], ["x"], ["ab", "cd"]),
+        (["ab", "cd", "ef"], ["bcde"], ["a"]),
+        (["ab", "cd", "ef"], ["bcdx"], ["a", "bcdef"]),
+        (["ab", "cd"], ["cdx"], ["ab", "cd"]),
+        (["abcd"], ["d", "bc"], ["a"]),
+        (["aa", "ab", "c"], ["aab"], ["a"]),
+        (["\n", "\nx"], ["\n\n"], []),
+        ([], ["x"], []),
+        (["ab"], [], ["ab"]),
+    ],
+)
+def test_text_ends_before_a_stop_string_however_it_is_cut(
+    pieces: list[str], stops: list[str], want: list[str]
+) -> None:
+    assert list(text_before(stops, pieces)) == want
+
+
+def test_what_the_loop_does_not_do_streams_through_generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor
+) -> None:
+    options = {"max_new_tokens": 20, "stop_strings": ["e"], **GREEDY}
+    timing = Timing()
+    cache = LatentCache.for_model(model, 60)
+    looked_up = stream(
+        model,
+        tokenizer,
+        input_ids,
+        timing=timing,
+        cache=cache,
+        chunk_size=2,
+        prompt_lookup_num_tokens=2,
+        max_new_tokens=20,
+        **GREEDY,
+    )
+    assert "".join(looked_up) == "".join(
+        stream(model, tokenizer, input_ids, max_new_tokens=20, **GREEDY)
+    )
+    assert timing.new_tokens == 20
+    with pytest.raises(ValueError, match="beam"):
+        list(stream(model, tokenizer, input_ids, num_beams=2, **options))
+
+
+def test_a_stop_string_of_the_model_itself_is_heard(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"max_new_tokens": 40, **GREEDY}
+    whole = "".join(stream(model, tokenizer, input_ids, **options))
+    stop = whole[len(whole) // 2]
+    monkeypatch.setattr(model.generation_config, "stop_strings", [stop])
+    text = "".join(stream(model, tokenizer, input_ids, **options))
+    assert text == whole.partition(stop)[0]
+
+
+def test_an_empty_stop_string_is_refused(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor
+) -> None:
+    with pytest.raises(ValueError, match="a stop string is empty, which would end every answer"):
+        list(stream(model, tokenizer, input_ids, stop_strings=["a", ""]))
 
 
 def test_a_character_of_several_tokens_comes_whole(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -80,6 +80,23 @@ def test_thinking_can_be_forced(folder: Path, prompt_file: Path, rule_file: Path
     assert "[prefill 32 tokens" in outcome.err
 
 
+def test_sampling_can_be_chosen(folder: Path, prompt_file: Path, rule_file: Path) -> None:
+    files = ["--model_path", folder, "--prompt_file", prompt_file]
+    rules = ["--optimize_config_path", rule_file, "--max_new_tokens", 12, "--seed", 3]
+
+    def answer(*options: object) -> str:
+        outcome = call(*files, *rules, *options)
+        assert outcome.code == 0, outcome
+        return outcome.out
+
+    likeliest = answer("--temperature", 0)
+    cut_off = ["--top_p", 0.0, "--top_k", 1, "--min_p", 1.0]
+    assert answer("--temperature", 1, *cut_off) == likeliest
+    penalised = answer("--temperature", 0, "--repetition_penalty", 5, "--stop", likeliest[3])
+    assert penalised != likeliest
+    assert likeliest[3] not in penalised
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

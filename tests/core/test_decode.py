@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ktransformers import optimize_and_load
 from ktransformers.cache import LatentCache
-from ktransformers.decode import Request, decode, takes
+from ktransformers.decode import Request, decode, plain_request
 from ktransformers.prefill import prefill
 from ktransformers.report import count_experts
 from ktransformers.stack import BLOCK, DecoderStack
@@ -65,11 +65,17 @@ def load(config: PreTrainedConfig, rules: str) -> PreTrainedModel:
     return optimize_and_load(model, RULES[rules]) if RULES[rules] else model
 
 
+def request_of(
+    model: PreTrainedModel, cache: LatentCache, input_ids: torch.Tensor = IDS, **options: Any
+) -> Request | None:
+    return plain_request(model, None, input_ids, cache, options)  # type: ignore[arg-type]  # no stop strings
+
+
 def tokens_of_ours(model: PreTrainedModel, input_ids: torch.Tensor, **options: Any) -> list[int]:
     chunk_size = options.pop("chunk_size", None)
     cache = LatentCache.for_model(model, 120)
-    request = Request.of(model, None, input_ids, cache, options)  # type: ignore[arg-type]  # no stop strings
-    assert request.is_plain
+    request = request_of(model, cache, input_ids, **options)
+    assert request is not None
     tokens: list[int] = []
     logits = prefill(model, input_ids, cache, chunk_size=chunk_size)
     decode(model, request, cache, logits, lambda token: tokens.append(int(token)))
@@ -179,37 +185,38 @@ def test_angles_of_a_block_are_those_of_each_position(config: PreTrainedConfig) 
 def test_what_the_loop_does_not_do_is_no_plain_request(options: dict[str, Any]) -> None:
     model = random_model(v3_config())
     cache = LatentCache.for_model(model, 60)
-    request = Request.of(model, None, IDS, cache, {"max_new_tokens": 5, **options})  # type: ignore[arg-type]  # as above
-    assert not request.is_plain
+    assert request_of(model, cache, max_new_tokens=5) is not None
+    assert request_of(model, cache, max_new_tokens=5, **options) is None
+    assert request_of(model, cache, max_new_tokens=5, assistant_model=model) is None
 
 
 def test_a_model_that_is_not_known_or_not_as_it_was_is_left_to_transformers() -> None:
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8}
     heads: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    assert not takes(random_model(LlamaConfig(num_hidden_layers=1, **sizes, **heads)), {})
+    assert not DecoderStack.fits(random_model(LlamaConfig(num_hidden_layers=1, **sizes, **heads)))
     model = random_model(v2_config())
-    assert takes(model, {})
-    assert takes(optimize_and_load(random_model(v2_config()), [LAYER]), {})
-    assert not takes(model, {"assistant_model": model})
+    assert DecoderStack.fits(model)
+    assert DecoderStack.fits(optimize_and_load(random_model(v2_config()), [LAYER]))
     handle = model.model.register_forward_hook(lambda *_: None)
-    assert not takes(model, {})
+    assert not DecoderStack.fits(model)
     handle.remove()
     model.forward = lambda: None
-    assert not takes(model, {})
+    assert not DecoderStack.fits(model)
 
 
 def test_an_answer_that_does_not_fit_the_cache_is_refused_before_any_work() -> None:
     model = random_model(v3_config())
     cache = LatentCache.for_model(model, 40)
     with pytest.raises(ValueError, match="41 tokens, prompt and answer together, do not fit a"):
-        Request.of(model, None, IDS, cache, {"max_length": 42})  # type: ignore[arg-type]  # as above
+        request_of(model, cache, max_length=42)
 
 
 @pytest.mark.parametrize("rules", ["huggingface", "layers"])
 def test_a_check_is_made_before_each_layer_and_may_end_the_answer(rules: str) -> None:
     model = load(v3_config(), rules)
     cache = LatentCache.for_model(model, 120)
-    request = Request.of(model, None, IDS, cache, {"min_new_tokens": 9, "max_new_tokens": 9})  # type: ignore[arg-type]  # as above
+    request = request_of(model, cache, min_new_tokens=9, max_new_tokens=9)
+    assert request is not None
     logits = prefill(model, IDS, cache)
     checks: list[int] = []
 
