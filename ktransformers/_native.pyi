@@ -558,9 +558,9 @@ class DecoderLayer:
         `cos` and `sin` `[B or 1, T, R]`, bf16 or fp32, whose halves are equal; or without `sin`
         `cos` fp32 `[B or 1, T, R / 2, 2]`, pairs of both. The cache as `MlaAttention.forward`
         takes it: the new tokens are the last of `lengths` and are written there. `chosen` int32
-        `[B * T, top_k]` gets the experts of each token. With `last_only` the MLP is computed for
-        each sequence's last token alone, and `chosen` is `[B, top_k]`; the other rows of `out`
-        lack it.
+        `[B * T, top_k]` gets the experts of each token. With `last_only` all is cached, but what
+        comes after is computed for each sequence's last token alone, and `chosen` is
+        `[B, top_k]`; the other rows of `out` are those of `hidden_states`.
         """
 
     def project(

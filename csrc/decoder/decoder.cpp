@@ -73,67 +73,95 @@ struct layer_call {
   int64_t rows() const { return chunk.sequences * chunk.tokens; }
   int64_t bytes(int64_t elements) const { return elements * float_type_size(weights.type); }
 
+  // Of the chunk's rows, those that have queries and an MLP: all, or each sequence's last token.
+  int64_t active() const {
+    if (!input.last_only) return rows();
+    return chunk.first_token + chunk.tokens < input.tokens ? 0 : chunk.sequences;
+  }
+  int64_t active_row(int64_t i) const { return input.last_only ? (i + 1) * chunk.tokens - 1 : i; }
+
   // The chunk's first row in an array of the whole call.
   int64_t first_row() const { return chunk.first_sequence * input.tokens + chunk.first_token; }
   const char* x() const {
     return static_cast<const char*>(input.x) + bytes(first_row() * weights.hidden_size);
   }
-  char* q() const {
-    const mla_weights& of = *weights.attention;
-    if (!input.q) return memory.q;
-    return static_cast<char*>(input.q) + bytes(first_row() * of.heads * (of.nope + of.rope));
+  char* out() const {
+    return static_cast<char*>(input.out) + bytes(first_row() * weights.hidden_size);
   }
+  int64_t q_width() const {
+    const mla_weights& of = *weights.attention;
+    return of.heads * (of.nope + of.rope);
+  }
+  char* given_q() const { return static_cast<char*>(input.q) + bytes(first_row() * q_width()); }
+  char* q() const { return input.q && !input.last_only ? given_q() : memory.q; }
 
   void norm(const norm_weight& by, int64_t count, int64_t n, const void* from, int64_t stride,
             void* to) const {
     kernels.rms_norm({count, n, from, stride, by.weight, by.eps, to, weights.type});
   }
-  void project(const linear_weights& by, const void* from, void* to) const {
-    linear_forward(kernels, by, {from, to, weights.type}, 0, rows(), threads);
+  void project(const linear_weights& by, int64_t count, const void* from, void* to) const {
+    linear_forward(kernels, by, {from, to, weights.type}, 0, count, threads);
   }
   void add(int64_t count, const void* a, const void* b, void* to) const {
     kernels.add_rows({count * weights.hidden_size, a, b, to, weights.type});
   }
+  // Copies the active ones of the chunk's rows to the front; `to` may be `from`.
+  void gather(const char* from, int64_t width, char* to) const {
+    for (int64_t i = 0; i < active(); ++i) {
+      std::memmove(to + bytes(i * width), from + bytes(active_row(i) * width),
+                   static_cast<size_t>(bytes(width)));
+    }
+  }
 
-  void queries_and_latents() const;
-  void turn(int64_t row) const;
+  int64_t angle(int64_t row) const;
+  void latents() const;
+  void queries() const;
   void cache(int64_t row) const;
   void attend() const;
-  void mlp(int64_t first, int64_t count, int64_t chosen_row) const;
+  void mlp() const;
   void route(int64_t count) const;
   void experts(const experts_weights& of, int64_t count, int64_t top_k, void* to) const;
-  void mlps() const;
 };
 
-void layer_call::queries_and_latents() const {
-  const int64_t hidden = weights.hidden_size, latent = weights.attention->latent;
+// Which angles are a row's.
+int64_t layer_call::angle(int64_t row) const {
+  const int64_t in_call = first_row() + row;
+  return input.shared_angles ? in_call % input.tokens : in_call;
+}
+
+// Into the cache, for all rows.
+void layer_call::latents() const {
+  const mla_weights& of = *weights.attention;
+  const int64_t hidden = weights.hidden_size, width = of.latent + of.rope;
   norm(weights.input_norm, rows(), hidden, x(), hidden, memory.normed);
-  const char* into_q = memory.normed;
-  if (weights.q_a) {
-    const int64_t lora = weights.q_a->out_features;
-    project(*weights.q_a, memory.normed, memory.compressed_q);
-    norm(weights.query_norm, rows(), lora, memory.compressed_q, lora, memory.normed_q);
-    into_q = memory.normed_q;
-  }
-  project(*weights.q_b, into_q, q());
-  project(*weights.kv_a, memory.normed, memory.kv);
-  norm(weights.latent_norm, rows(), latent, memory.kv, weights.kv_a->out_features, memory.latent);
+  project(*weights.kv_a, rows(), memory.normed, memory.kv);
+  norm(weights.latent_norm, rows(), of.latent, memory.kv, width, memory.latent);
   for (int64_t row = 0; row < rows(); ++row) {
-    turn(row);
+    rotate({weights.rotary, of.rope, 1, memory.kv + bytes(row * width + of.latent), width,
+            memory.rope + bytes(row * of.rope), of.rope, weights.type, input.angles, angle(row)});
     cache(row);
   }
 }
 
-void layer_call::turn(int64_t row) const {
+// Of the active rows, after `latents`, which has normed all.
+void layer_call::queries() const {
   const mla_weights& of = *weights.attention;
-  const int64_t width = of.nope + of.rope, kv_width = of.latent + of.rope;
-  const int64_t in_call = first_row() + row;
-  const int64_t token = input.shared_angles ? in_call % input.tokens : in_call;
-  char* const q_rope = q() + bytes(row * of.heads * width + of.nope);
-  rotate({weights.rotary, of.rope, of.heads, q_rope, width, q_rope, width, weights.type,
-          input.angles, token});
-  rotate({weights.rotary, of.rope, 1, memory.kv + bytes(row * kv_width + of.latent), kv_width,
-          memory.rope + bytes(row * of.rope), of.rope, weights.type, input.angles, token});
+  const int64_t count = active();
+  if (input.last_only) gather(memory.normed, weights.hidden_size, memory.normed);
+  const char* into_q = memory.normed;
+  if (weights.q_a) {
+    const int64_t lora = weights.q_a->out_features;
+    project(*weights.q_a, count, memory.normed, memory.compressed_q);
+    norm(weights.query_norm, count, lora, memory.compressed_q, lora, memory.normed_q);
+    into_q = memory.normed_q;
+  }
+  project(*weights.q_b, count, into_q, q());
+  const int64_t width = of.nope + of.rope;
+  for (int64_t i = 0; i < count; ++i) {
+    char* const q_rope = q() + bytes(i * of.heads * width + of.nope);
+    rotate({weights.rotary, of.rope, of.heads, q_rope, width, q_rope, width, weights.type,
+            input.angles, angle(active_row(i))});
+  }
 }
 
 // Writes n values of a type to where another is kept; both are bf16 or fp32.
@@ -179,19 +207,21 @@ void layer_call::attend() const {
     memory.lengths[b] = static_cast<int32_t>(input.cache.lengths[chunk.first_sequence + b] - after);
   }
   cache.lengths = memory.lengths;
-  const mla_input attention{chunk.sequences, chunk.tokens,    q(),  memory.attended,
+  const int64_t tokens = active() / chunk.sequences;
+  const mla_input attention{chunk.sequences, tokens,          q(),  memory.attended,
                             weights.type,    weights.scaling, cache};
   int64_t sequence = 0, token = 0;
   while (sequence < chunk.sequences) {
     const mla_chunk part = mla_chunk_at(*weights.attention, attention, {}, sequence, token);
     mla_forward(kernels, *weights.attention, attention, part, threads);
     token = part.first_token + part.tokens;
-    if (token < chunk.tokens) continue;
+    if (token < tokens) continue;
     token = 0;
     sequence += part.sequences;
   }
-  project(*weights.o, memory.attended, memory.projected);
-  add(rows(), x(), memory.projected, memory.hidden);
+  project(*weights.o, active(), memory.attended, memory.projected);
+  gather(x(), weights.hidden_size, memory.hidden);
+  add(active(), memory.hidden, memory.projected, memory.hidden);
 }
 
 // Chooses the experts of the first `count` rows of `normed`.
@@ -226,17 +256,15 @@ void layer_call::experts(const experts_weights& of, int64_t count, int64_t top_k
   }
 }
 
-// The MLP of `count` rows from `first` on; their experts go to `chosen_row` of input.chosen.
-void layer_call::mlp(int64_t first, int64_t count, int64_t chosen_row) const {
-  const int64_t n = weights.hidden_size;
-  char* const hidden = memory.hidden + bytes(first * n);
-  char* const out = static_cast<char*>(input.out) + bytes((first_row() + first) * n);
-  norm(weights.mlp_norm, count, n, hidden, n, memory.normed);
+void layer_call::mlp() const {
+  const int64_t n = weights.hidden_size, count = active();
+  norm(weights.mlp_norm, count, n, memory.hidden, n, memory.normed);
   if (weights.routed) {
     route(count);
     const int64_t top_k = weights.router.top_k;
     if (input.chosen) {
-      std::memcpy(input.chosen + chosen_row * top_k, memory.index,
+      const int64_t row = input.last_only ? chunk.first_sequence : first_row();
+      std::memcpy(input.chosen + row * top_k, memory.index,
                   static_cast<size_t>(count * top_k) * sizeof(int32_t));
     }
     experts(*weights.routed, count, top_k, memory.routed);
@@ -245,20 +273,13 @@ void layer_call::mlp(int64_t first, int64_t count, int64_t chosen_row) const {
   std::fill_n(memory.weight, count, 1.0f);
   experts(*weights.mlp, count, 1, memory.mlp);
   if (weights.routed) add(count, memory.routed, memory.mlp, memory.mlp);
-  add(count, hidden, memory.mlp, out);
-}
-
-void layer_call::mlps() const {
   if (!input.last_only) {
-    mlp(0, rows(), first_row());
+    add(count, memory.hidden, memory.mlp, out());
     return;
   }
-  const int64_t n = weights.hidden_size;
-  std::memcpy(static_cast<char*>(input.out) + bytes(first_row() * n), memory.hidden,
-              static_cast<size_t>(bytes(rows() * n)));
-  if (chunk.first_token + chunk.tokens < input.tokens) return;
-  for (int64_t b = 0; b < chunk.sequences; ++b) {
-    mlp((b + 1) * chunk.tokens - 1, 1, chunk.first_sequence + b);
+  for (int64_t i = 0; i < count; ++i) {
+    add(1, memory.hidden + bytes(i * n), memory.mlp + bytes(i * n),
+        out() + bytes(active_row(i) * n));
   }
 }
 
@@ -282,10 +303,19 @@ void decoder_forward(const kernel_table& kernels, const decoder_weights& weights
   const layer_call call{kernels, weights,
                         input,   chunk,
                         threads, {memory_cutter(scratch->decoder.reserve(size)), weights, rows}};
-  if (part != decoder_part::finish) call.queries_and_latents();
+  if (part != decoder_part::finish) call.latents();
+  if (part != decoder_part::project && input.last_only) {
+    std::memcpy(call.out(), call.x(), static_cast<size_t>(call.bytes(rows * weights.hidden_size)));
+  }
+  if (call.active() == 0) return;
+  if (part != decoder_part::finish) {
+    call.queries();
+  } else if (input.last_only) {
+    call.gather(call.given_q(), call.q_width(), call.q());
+  }
   if (part == decoder_part::project) return;
   call.attend();
-  call.mlps();
+  call.mlp();
 }
 
 }  // namespace kt

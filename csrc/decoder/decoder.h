@@ -56,7 +56,7 @@ struct decoder_input {
   bool shared_angles;  // tokens of all sequences have those of the first
   latent_cache cache;  // where the new tokens are the last of each sequence
   int32_t* chosen;     // [batch][tokens][top_k] experts, or nullptr
-  bool last_only;      // of each sequence the last token alone goes through the MLP
+  bool last_only;      // of each sequence the last token alone has an output; of others x is it
   void* q;             // [batch][tokens][heads][Dn + R], or nullptr: kept in scratch memory
 };
 

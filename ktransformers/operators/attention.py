@@ -35,6 +35,7 @@ from ktransformers.base import Checkpoint, Footprint, PackedOperator, Site
 from ktransformers.cache import LatentCache, LatentPages
 from ktransformers.checkpoint import read_checked
 from ktransformers.cpu_options import check_site, scale_dtype, thread_count, weight_format
+from ktransformers.last_position import only_last_position
 
 Output = tuple[torch.Tensor, None]  # the second would be the attention weights
 
@@ -70,6 +71,7 @@ class MlaAttention(PackedOperator):
         self.qk_rope_head_dim: int = module.qk_rope_head_dim  # type: ignore[assignment]
         self.v_head_dim: int = module.v_head_dim  # type: ignore[assignment]
         self.scaling: float = module.scaling  # type: ignore[assignment]
+        self.is_last = self.layer_idx == site.config.num_hidden_layers - 1
         self.has_q_lora = module.q_lora_rank is not None
         for name, child in module.named_children():
             if name not in self.consumes:
@@ -190,20 +192,26 @@ class MlaAttention(PackedOperator):
             raise RuntimeError(self._refusal("keeps no attention weights: no output_attentions"))
         self.check_no_gradient(hidden_states)
         B, T = hidden_states.shape[:2]
-        q = self._queries(hidden_states).view(B, T, self.num_heads, -1)
+        last_only = self.is_last and only_last_position()
+        asking = hidden_states[:, -1:] if last_only else hidden_states
+        q = self._queries(asking).view(B, asking.shape[1], self.num_heads, -1)
         widths = (self.kv_lora_rank, self.qk_rope_head_dim)
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(widths, dim=-1)
         latent = self.kv_a_layernorm(latent)
         q_rope = q[..., self.qk_nope_head_dim :]
-        rotated, k_rope = self.rotate(q_rope, k_rope, position_embeddings)
+        if last_only:
+            rotated, _ = self.rotate(q_rope, k_rope[:, -1:], _last(position_embeddings))
+            _, k_rope = self.rotate(k_rope[:, :, None], k_rope, position_embeddings)
+        else:
+            rotated, k_rope = self.rotate(q_rope, k_rope, position_embeddings)
         q_rope.copy_(rotated)
         pages, L = self._cached(latent, k_rope, past_key_values)
         valid = valid_keys(attention_mask, T, L)
-        out = torch.empty(B, T, self.num_heads * self.v_head_dim, dtype=q.dtype)
+        out = torch.empty(*q.shape[:2], self.num_heads * self.v_head_dim, dtype=q.dtype)
         self._attention.forward(
             q, pages.latent, pages.scale, pages.rope, pages.block_table, pages.lengths, valid, out
         )
-        return self.o_proj(out), None
+        return self.o_proj(out).expand(B, T, -1), None  # nothing reads others than the last
 
     def rotate(
         self, q: torch.Tensor, k: torch.Tensor, position_embeddings: Any
@@ -233,6 +241,13 @@ class MlaAttention(PackedOperator):
         """Show sizes, format and threads where the module tree is printed."""
         sizes = f"num_heads={self.num_heads}, kv_lora_rank={self.kv_lora_rank}"
         return f"{sizes}, weight={self.weight_format}, threads={self.threads}"
+
+
+def _last(position_embeddings: Any) -> Any:
+    """Return the last position's angles, complex or cosines and sines."""
+    if isinstance(position_embeddings, torch.Tensor):
+        return position_embeddings[:, -1:]
+    return tuple(part[:, -1:] for part in position_embeddings)
 
 
 class MlaAttentionV2(MlaAttention):

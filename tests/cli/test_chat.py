@@ -35,7 +35,7 @@ def test_a_chat_remembers_until_it_is_reset(folder: Path, rule_file: Path) -> No
 
 
 def test_an_answer_ends_before_a_stop_text(folder: Path, rule_file: Path) -> None:
-    chat = ["chat", folder, "--rules", rule_file, *GREEDY]
+    chat: list[str | Path] = ["chat", folder, "--rules", rule_file, *GREEDY]
     whole = call(*chat, stdin="hello\n").out
     stop = whole[4]
     outcome = call(*chat, "--stop", stop, "--repetition-penalty", "1", stdin="hello\n")

@@ -19,6 +19,7 @@ from transformers import (
 
 from ktransformers import optimize_and_load
 from ktransformers.cache import LatentCache
+from ktransformers.last_position import last_position_only
 from ktransformers.operators.attention import MlaAttention
 from ktransformers.operators.linear import CpuLinear
 from ktransformers.packing import pack
@@ -301,3 +302,27 @@ def test_the_plain_model_needs_no_operator_for_a_latent_cache(
     cache = LatentCache.for_model(plain, 100)
     with torch.no_grad():
         assert torch.equal(plain(IDS, past_key_values=cache).logits, plain(IDS).logits)
+
+
+@pytest.mark.parametrize("padding", [None, LEFT])
+def test_in_the_last_layer_the_last_position_alone_asks(
+    config: PreTrainedConfig, padding: torch.Tensor | None
+) -> None:
+    """One query may be computed in another form than forty: the rounding to bf16 differs."""
+    config.update(DENSE)
+    model = optimize_and_load(random_model(config), rules())
+    asked: list[int] = []
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda _, args: asked.append(args[0].shape[1])
+        )
+    caches = [LatentCache.for_model(model, 50) for _ in range(2)]
+    options: dict[str, Any] = {"attention_mask": padding, "logits_to_keep": 1}
+    with torch.no_grad():
+        want = model(IDS, past_key_values=caches[0], **options).logits
+        with last_position_only(model):
+            got = model(IDS, past_key_values=caches[1], **options).logits
+    assert asked == [40, 40, 40, 40, 40, 1]
+    assert torch.equal(*(cache.layers[2].gather(torch.float32)[0] for cache in caches))
+    assert torch.equal(*(cache.layers[2].gather(torch.float32)[1] for cache in caches))
+    assert (got - want).abs().max() <= 4 * U16 * want.abs().max()

@@ -377,3 +377,31 @@ def test_layers_in_one_call_want_a_cache_for_each() -> None:
     caches = [(none, None, none)]
     with pytest.raises(ValueError, match="caches: 1, expected one for each of 0 layers"):
         _native.forward_layers([], none, none, None, caches, none, none, none, none)
+
+
+@pytest.mark.parametrize("padding", [None, LEFT])
+@pytest.mark.parametrize("kind", ["latent", "int8", "dynamic"])
+@pytest.mark.parametrize("chunk_tokens", [7, 40, None])
+def test_the_last_position_alone_has_the_output_that_it_has_among_others(
+    config: PreTrainedConfig, kind: str, padding: torch.Tensor | None, chunk_tokens: int | None
+) -> None:
+    """What the other positions cache is the same; one query may be computed in another form."""
+    config.update(ALL)
+    model = optimize_and_load(random_model(config), rules(chunk_tokens=chunk_tokens))
+
+    def cache() -> Any:
+        if kind == "dynamic":
+            return DynamicCache(config=config)
+        return LatentCache.for_model(model, 50, "int8" if kind == "int8" else None)
+
+    caches = cache(), cache()
+    options: dict[str, Any] = {"attention_mask": padding, "logits_to_keep": 1}
+    with torch.no_grad():
+        want = model(IDS, past_key_values=caches[0], **options).logits
+        with last_position_only(model):
+            got = model(IDS, past_key_values=caches[1], **options).logits
+        assert (got - want).abs().max() <= 4 * U16 * want.abs().max()
+        more = torch.full((3, 1), 5)
+        mask = None if padding is None else torch.nn.functional.pad(padding, (0, 1), value=1)
+        want, got = (model(more, mask, past_key_values=each).logits for each in caches)
+    assert torch.equal(got, want)
