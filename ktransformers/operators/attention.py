@@ -33,9 +33,10 @@ from ktransformers import _native
 from ktransformers.attention_mask import valid_keys
 from ktransformers.base import Checkpoint, Footprint, PackedOperator, Site
 from ktransformers.cache import LatentCache, LatentPages
-from ktransformers.checkpoint import read_checked
-from ktransformers.cpu_options import check_site, scale_dtype, thread_count, weight_format
+from ktransformers.cpu_options import check_site, thread_count, weight_format
 from ktransformers.last_position import only_last_position
+from ktransformers.packed_weights import LatentWeights
+from ktransformers.placement import PlacedTensor
 
 Output = tuple[torch.Tensor, None]  # the second would be the attention weights
 
@@ -73,6 +74,14 @@ class MlaAttention(PackedOperator):
         self.scaling: float = module.scaling  # type: ignore[assignment]
         self.is_last = self.layer_idx == site.config.num_hidden_layers - 1
         self.has_q_lora = module.q_lora_rank is not None
+        self.weights = LatentWeights(
+            f"{site.name}.kv_b_proj",
+            self.num_heads,
+            self.kv_lora_rank,
+            self.qk_nope_head_dim,
+            self.v_head_dim,
+            weight_format,
+        )
         for name, child in module.named_children():
             if name not in self.consumes:
                 setattr(self, name, child)
@@ -115,15 +124,7 @@ class MlaAttention(PackedOperator):
 
     def packed_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name both halves of kv_b_proj, per head, and their scales."""
-        H, C, name = self.num_heads, self.kv_lora_rank, self.weight_format
-        Dn, Dv = self.qk_nope_head_dim, self.v_head_dim
-        scale = scale_dtype(name)
-        return {
-            "uk_packed": ((H, _native.packed_bytes(C, Dn, name)), torch.uint8),
-            "uk_scale": ((H, _native.scale_count(C, Dn, name)), scale),
-            "uv_packed": ((H, _native.packed_bytes(Dv, C, name)), torch.uint8),
-            "uv_scale": ((H, _native.scale_count(Dv, C, name)), scale),
-        }
+        return {name: (of.shape, of.dtype) for name, of in self.weights.matrices().items()}
 
     def packed_format(self) -> str:
         """Say which of the formats of `csrc/` the bytes are in."""
@@ -137,8 +138,7 @@ class MlaAttention(PackedOperator):
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name the one matrix."""
-        rows = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        return {f"{self.site.name}.kv_b_proj.weight": (rows, self.kv_lora_rank)}
+        return self.weights.shapes()
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Read, quantise and pack, head by head.
@@ -146,33 +146,18 @@ class MlaAttention(PackedOperator):
         Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity.
         """
         tensors = self.empty_packed()
-        ((name, shape),) = self.weight_shapes().items()
-        heads = read_checked(checkpoint, name, shape).unflatten(0, (self.num_heads, -1))
-        try:
-            for head, weight in enumerate(heads):
-                uk, uv = weight.split((self.qk_nope_head_dim, self.v_head_dim))
-                for half, matrix in (("uk", uk.T.contiguous()), ("uv", uv)):
-                    packed, scale = tensors[f"{half}_packed"][head], tensors[f"{half}_scale"][head]
-                    _native.pack(matrix, packed, scale, self.weight_format)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.infos()[name].file}: {name}: {error}") from None
+        matrices = self.weights.matrices()
+        memory = {name: PlacedTensor.whole(of, tensors[name]) for name, of in matrices.items()}
+        self.weights.pack(memory, checkpoint)
         self.use_packed(tensors)
 
     def use_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Adopt the packed weights. Raises ValueError where one has not the layout's shape."""
         for name in self.packed_layout():
             setattr(self, name, tensors[name])
-        self._attention = _native.MlaAttention(
-            self.uk_packed,
-            self.uk_scale,
-            self.uv_packed,
-            self.uv_scale,
-            format=self.weight_format,
-            num_heads=self.num_heads,
-            qk_nope_head_dim=self.qk_nope_head_dim,
+        self._attention = self.weights.build(
+            {name: [tensor] for name, tensor in tensors.items()},
             qk_rope_head_dim=self.qk_rope_head_dim,
-            v_head_dim=self.v_head_dim,
-            kv_lora_rank=self.kv_lora_rank,
             scaling=self.scaling,
             threads=self.threads,
         )
