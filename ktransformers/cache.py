@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -232,6 +233,7 @@ class LatentCache(Cache):
             for _ in range(config.num_hidden_layers)
         ]
         self._sizes = (len(layers), C, R)
+        self._maker: weakref.ref[PreTrainedModel] | None = None
         super().__init__(layers=list(layers))
 
     @classmethod
@@ -320,6 +322,19 @@ class LatentCache(Cache):
                     each.reserve()
                     for tensor in each.tensors().values():
                         tensor[target] = tensor[source]
+
+    def claim(self, model: PreTrainedModel) -> None:
+        """Note that a model is to fill this.
+
+        Raises ValueError where it holds what another has computed, or is for one of other sizes.
+        """
+        self.check_model(model.config)
+        if self._maker is not None and self.completed() and self._maker() is not model:
+            raise ValueError(
+                "this cache was filled by another model, or under other rules; reset it, or make "
+                "one for each"
+            )
+        self._maker = weakref.ref(model)
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raise ValueError where this cache was made for a model of other sizes."""

@@ -71,6 +71,7 @@ def load_cache(
             header = file.metadata() or {}
             _check_maker(path, header, describe(model))
             cache = LatentCache(model.config, max_tokens, header["format"])
+            cache.claim(model)
             _fill(cache, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # no mapping
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from error

@@ -125,7 +125,7 @@ def stream(
     if cache is None and getattr(model.config, "kv_lora_rank", None):
         cache = LatentCache.for_model(model, max(model.config.max_position_embeddings, T + limit))
     if cache is not None:
-        cache.check_model(model.config)
+        cache.claim(model)
         check_fits(T + limit - 1, cache.max_tokens)  # the last token is never read
     streamer = _TokenQueue(timing or Timing())
     go, stop = threading.Event(), threading.Event()

@@ -34,6 +34,7 @@ from ktransformers.hub import resolve_model
 from ktransformers.inject import Plan, apply, format_replacements, plan
 from ktransformers.last_position import last_position_only
 from ktransformers.packed import AUTO, CacheMode, find_cache
+from ktransformers.prefill import check_prompt
 from ktransformers.report import build_report, count_experts
 from ktransformers.rules import load_rules
 from ktransformers.weights import LoadError, check_weights, load_weights, serve_ties
@@ -249,6 +250,9 @@ class _Optimised:
         config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         if kwargs.get("use_mtp", getattr(config or self.generation_config, "use_mtp", None)):  # type: ignore[attr-defined]  # the model's
             raise RuntimeError("use_mtp is not supported: MTP layers are not loaded")
+        prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if prompt is not None:
+            check_prompt(self, prompt)  # type: ignore[arg-type]  # it is the model
         cache = kwargs.get("past_key_values")
         try:
             with last_position_only(self):  # type: ignore[arg-type]  # it is the model
@@ -263,7 +267,7 @@ class _Optimised:
         """Refuse, before any work, what the cache that was passed can't hold."""
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, LatentCache) and generation_config.max_length is not None:
-            cache.check_model(self.config)  # type: ignore[attr-defined]  # the model's
+            cache.claim(self)  # type: ignore[arg-type]  # it is the model
             check_fits(generation_config.max_length - 1, cache.max_tokens)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]  # the model's
 

@@ -48,7 +48,7 @@ def prefill(
     """
     token_ids = check_prompt(model, input_ids)
     B, T = token_ids.shape
-    cache.check_model(model.config)
+    cache.claim(model)
     past = cache.completed()
     cache.check_request(B, past + T)
     positions = _positions(attention_mask, B, past, T)

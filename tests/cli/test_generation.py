@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ktransformers import optimize_and_load
 from ktransformers.cache import LatentCache
 from ktransformers.generation import (
     Timing,
@@ -27,6 +28,7 @@ from ktransformers.generation import (
     text_before,
     whole_characters,
 )
+from ktransformers.stack import DecoderStack
 from tiny_models import random_model
 
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -274,6 +276,7 @@ def test_a_prompt_that_can_not_be_computed_is_refused(
     with pytest.raises(ValueError, match=reason):
         list(stream(model, tokenizer, torch.tensor(prompt), cache=cache, **options, **GREEDY))
     assert cache.get_seq_length() == 0
+    assert list(stream(model, tokenizer, torch.tensor([[5]]), cache=cache, max_new_tokens=2))
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 7, 19])
@@ -308,6 +311,33 @@ def test_the_next_turn_computes_only_what_is_new(
     assert (timing.prompt_tokens, timing.cached_tokens) == (32, 29)
     assert timing.prefill_speed == 3 / timing.prefill_s
     assert reply == "".join(stream(model, tokenizer, more, **options))
+
+
+def whole_layers(folder: Path) -> PreTrainedModel:
+    """Load the model with layers that decode a token in one native call."""
+    operator = "ktransformers.operators.decoder_layer.CpuDecoderLayer"
+    layer = {"match": {"name": r"^model\.layers\.\d+$"}, "replace": {"class": operator}}
+    return optimize_and_load(folder, [layer])
+
+
+def test_a_cache_is_valid_after_an_answer_of_whole_layers_is_closed(
+    folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = whole_layers(folder)
+    assert DecoderStack(model).chain is not None
+    ids = torch.tensor([tokenizer("a prompt of 20 bytes")["input_ids"]])
+    cache = LatentCache.for_model(model, 250)
+    options = {"max_new_tokens": 200, **GREEDY}
+    answer = stream(model, tokenizer, ids, cache=cache, **options)
+    next(answer)
+    with pytest.raises(KeyboardInterrupt):
+        answer.throw(KeyboardInterrupt())  # as where it waits for the next piece
+    length = cache.get_seq_length()
+    assert 20 <= cache.completed() == length == cache.token_ids.shape[1] < 219
+    timing = Timing()
+    again = "".join(stream(model, tokenizer, ids, cache=cache, timing=timing, **options))
+    assert again == "".join(stream(model, tokenizer, ids, **options))
+    assert (timing.cached_tokens, timing.new_tokens) == (19, 200)
 
 
 @pytest.mark.parametrize("at", [1, 4])

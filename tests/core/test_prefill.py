@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -146,6 +147,64 @@ def test_a_request_that_can_not_be_computed_is_refused_before_any_work(
     assert ran == []
     assert cache.get_seq_length() == 0
     prefill(model, [[5, 6, 7]], cache)
+
+
+def test_a_cache_that_another_model_filled_is_refused_until_it_is_reset(
+    model: PreTrainedModel,
+) -> None:
+    """Its sizes are the same: only who filled it tells."""
+    rule = {
+        "match": {"name": r"\.self_attn$"},
+        "replace": {"class": "ktransformers.operators.attention.MlaAttention"},
+    }
+    other: Any = optimize_and_load(random_model(v3_config()), [rule])
+    cache = LatentCache.for_model(model, 60)
+    whole = prefill(model, IDS, cache)
+    cache.cut(40)
+    refused = "this cache was filled by another model, or under other rules; reset it, or make one"
+    with pytest.raises(ValueError, match=refused):
+        prefill(other, IDS[:, 40:], cache)
+    with pytest.raises(ValueError, match=refused):
+        other.generate(IDS, past_key_values=cache, max_new_tokens=2)
+    assert cache.get_seq_length() == 40
+    assert close(prefill(model, IDS[:, 40:], copy.deepcopy(cache)), whole)
+    cache.reset()
+    prefill(other, IDS, cache)
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        ([[5, 96]], "token 1 of prompt 0 is 96, but the model knows 0 to 95: the tokenizer is of"),
+        ([[]], "the prompt has no tokens; pass some text"),
+        ([5, 6], r"prompts of shape \[2\]: expected \[batch, tokens\]"),
+    ],
+)
+def test_generate_of_an_optimised_model_refuses_what_is_no_prompt(ids: Any, reason: str) -> None:
+    rule = {
+        "match": {"name": r"\.mlp\.experts$"},
+        "replace": {"class": "ktransformers.operators.experts.CpuExperts"},
+    }
+    model: Any = optimize_and_load(random_model(v3_config()), [rule])
+    prompt = torch.tensor(ids, dtype=torch.long)
+    for given in ({"inputs": prompt}, {"input_ids": prompt}):
+        with pytest.raises(ValueError, match=reason):
+            model.generate(**given, max_new_tokens=2)
+    assert model.generate(IDS, max_new_tokens=2, min_new_tokens=2).shape == (2, 52)
+
+
+def test_a_long_prompt_shows_a_bar(
+    model: PreTrainedModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill(model, IDS, LatentCache.for_model(model, 60), chunk_size=10)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("ktransformers.progress.PATIENCE_S", -1.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich draw without a terminal
+    prefill(model, IDS, LatentCache.for_model(model, 60), chunk_size=10)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Reading the prompt" in err
+    assert "50/50" in err
 
 
 def test_a_cache_of_other_sequences_is_refused(model: PreTrainedModel) -> None:
