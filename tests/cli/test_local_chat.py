@@ -80,6 +80,17 @@ def test_thinking_can_be_forced(folder: Path, prompt_file: Path, rule_file: Path
     assert "[prefill 32 tokens" in outcome.err
 
 
+def test_threads_and_cache_are_those_that_were_asked_for(
+    folder: Path, prompt_file: Path, rule_file: Path
+) -> None:
+    files = ["--model_path", folder, "--prompt_file", prompt_file, "--verbose"]
+    sizes = ["--cpu_infer", 2, "--cache_lens", 20, "--mode", "long_context"]
+    outcome = call(*files, "--optimize_config_path", rule_file, *sizes)
+    assert outcome.code == 0, outcome
+    assert "threads=2" in outcome.err
+    assert "the prompt is 24 tokens, and the cache 20 with the answer" in outcome.err
+
+
 def test_sampling_can_be_chosen(folder: Path, prompt_file: Path, rule_file: Path) -> None:
     files = ["--model_path", folder, "--prompt_file", prompt_file]
     rules = ["--optimize_config_path", rule_file, "--max_new_tokens", 12, "--seed", 3]
