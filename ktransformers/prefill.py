@@ -136,11 +136,12 @@ def chunk_tokens(model: PreTrainedModel, memory: int | None = None) -> int:
 
 
 def activation_bytes(config: PreTrainedConfig, itemsize: int) -> int:
-    """Estimate the bytes beside the weights that a token of a chunk needs, at the widest place.
+    """Estimate the bytes beside the weights that a token of a chunk needs.
 
-    That is an MLP with its gate, its up and their product, or attention with its queries, their
-    rotated copy and its output, beside four rows of the hidden size; experts need an fp32 row of
-    the intermediate size for each that a token has, gate and up, and the products.
+    That is an MLP with its gate, its up and their product, attention with its queries, their
+    rotated copy and its output, four rows of the hidden size, and for each expert that a token has
+    fp32 rows of the intermediate size for gate, up and the product. They are added up, though no
+    two are in use at a time: scratch memory is kept for the next call.
     """
     D, H = config.hidden_size, config.num_attention_heads
     head = getattr(config, "qk_head_dim", None) or D // H
@@ -148,4 +149,4 @@ def activation_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     attention = 3 * H * head
     routed = getattr(config, "moe_intermediate_size", None) or 0
     experts = 4 * 3 * routed * (getattr(config, "num_experts_per_tok", None) or 0)
-    return int(max(itemsize * max(mlp, attention), experts) + 4 * itemsize * D)
+    return int(itemsize * (mlp + attention + 4 * D) + experts)
