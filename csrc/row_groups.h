@@ -32,6 +32,14 @@ template <int most>
   for (int64_t j = 0; j < args.n; j += panel_outputs) in_row_groups(args, j, tiles);
 }
 
+// All outputs, two panels at a time where one tile takes all rows so.
+template <int most, int most_of_two>
+[[maybe_unused]] void by_panel_or_two(const gemm_args& args, tile_fn* const (&one)[most],
+                                      tile_fn* const (&two)[most_of_two]) {
+  if (args.m > most_of_two) return by_panel(args, one);
+  for (int64_t j = 0; j < args.n; j += 2 * panel_outputs) two[args.m - 1](args, 0, j);
+}
+
 // All outputs, four panels at a time and two where four are too many.
 template <int most>
 [[maybe_unused]] void by_four_panels(const gemm_args& args, tile_fn* const (&four)[most],

@@ -20,6 +20,8 @@ namespace {
 constexpr int tile_rows = 4;
 // Zen 3's own prefetcher stops at pages of 4 KiB.
 constexpr int64_t prefetch_bytes = 4096;
+// So few rows take two panels at a time: memory is read in two places at once.
+constexpr int few_rows = 2;
 
 accumulators dot4(accumulators sums, __m256i w_magnitude, __m256i a, __m256i w) {
   const __m256i pairs = _mm256_maddubs_epi16(w_magnitude, _mm256_sign_epi8(a, w));
@@ -27,46 +29,56 @@ accumulators dot4(accumulators sums, __m256i w_magnitude, __m256i a, __m256i w) 
   return sums + reinterpret_cast<accumulators>(fours);
 }
 
-// One panel of 16 outputs for MR rows that start at row index i.
-template <int MR>
+// `panels` panels of 16 outputs for MR rows that start at row index i.
+template <int MR, int panels>
 void tile(const gemm_args& args, int64_t i, int64_t j) {
   const int64_t k = args.k;
-  const float* w_scale = static_cast<const float*>(args.w_scale);
   int64_t row[MR];
   const int8_t* a[MR];
-  accumulators sums[MR][2];
+  accumulators sums[panels][MR][2];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
     row[r] = args.rows ? args.rows[i + r] : i + r;
     a[r] = static_cast<const int8_t*>(args.a) + row[r] * k;
-    sums[r][0] = sums[r][1] = accumulators{};
+#pragma GCC unroll 2
+    for (int p = 0; p < panels; ++p) sums[p][r][0] = sums[p][r][1] = accumulators{};
   }
   const int8_t* line = static_cast<const int8_t*>(args.packed) + j * k;
   int64_t kk = 0;
   do {
-    _mm_prefetch(line + prefetch_bytes, _MM_HINT_T0);
-    const __m256i w0 = load(line);
-    const __m256i w1 = load(line + 32);
-    const __m256i w0_magnitude = _mm256_abs_epi8(w0);
-    const __m256i w1_magnitude = _mm256_abs_epi8(w1);
+#pragma GCC unroll 2
+    for (int p = 0; p < panels; ++p) {
+      const int8_t* w = line + p * panel_outputs * k;
+      _mm_prefetch(w + prefetch_bytes, _MM_HINT_T0);
+      const __m256i w0 = load(w);
+      const __m256i w1 = load(w + 32);
+      const __m256i w0_magnitude = _mm256_abs_epi8(w0);
+      const __m256i w1_magnitude = _mm256_abs_epi8(w1);
 #pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) {
-      const __m256i four = broadcast4(a[r] + kk);
-      sums[r][0] = dot4(sums[r][0], w0_magnitude, four, w0);
-      sums[r][1] = dot4(sums[r][1], w1_magnitude, four, w1);
+      for (int r = 0; r < MR; ++r) {
+        const __m256i four = broadcast4(a[r] + kk);
+        sums[p][r][0] = dot4(sums[p][r][0], w0_magnitude, four, w0);
+        sums[p][r][1] = dot4(sums[p][r][1], w1_magnitude, four, w1);
+      }
     }
     kk += 4;
     line += 64;
   } while (kk < k);
+#pragma GCC unroll 2
+  for (int p = 0; p < panels; ++p) {
+    const int64_t output = j + p * panel_outputs;
+    const float* w_scale = static_cast<const float*>(args.w_scale) + output;
 #pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) {
-    float* c = args.c + (i + r) * args.c_stride + j;
-    store_scaled(c, sums[r][0], args.a_scale[row[r]], w_scale + j);
-    store_scaled(c + 8, sums[r][1], args.a_scale[row[r]], w_scale + j + 8);
+    for (int r = 0; r < MR; ++r) {
+      float* c = args.c + (i + r) * args.c_stride + output;
+      store_scaled(c, sums[p][r][0], args.a_scale[row[r]], w_scale);
+      store_scaled(c + 8, sums[p][r][1], args.a_scale[row[r]], w_scale + 8);
+    }
   }
 }
 
-constexpr tile_fn* tiles[tile_rows] = {tile<1>, tile<2>, tile<3>, tile<4>};
+constexpr tile_fn* tiles[tile_rows] = {tile<1, 1>, tile<2, 1>, tile<3, 1>, tile<4, 1>};
+constexpr tile_fn* few_tiles[few_rows] = {tile<1, 2>, tile<2, 2>};
 
 }  // namespace
 
@@ -74,7 +86,7 @@ void int8_gemm_avx2(const gemm_args& args) {
   record_run(operation::int8_gemm, isa::avx2);
   assert(args.k > 0 && args.k % int8_gemm_k_multiple == 0);
   assert(args.n % gemm_n_multiple == 0);
-  by_panel(args, tiles);
+  by_panel_or_two(args, tiles, few_tiles);
 }
 
 }  // namespace kt
