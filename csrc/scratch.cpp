@@ -8,7 +8,7 @@ namespace kt {
 namespace {
 
 constexpr int slots = 64;  // more calls than this at a time allocate and free
-std::atomic<scratch*> idle[slots];
+std::atomic<scratch*> idle_scratches[2][slots];
 std::atomic<int64_t> total_bytes{0};
 
 template <typename element>
@@ -16,7 +16,7 @@ int64_t bytes_of(const std::vector<element>& values) {
   return static_cast<int64_t>(values.capacity() * sizeof(element));
 }
 
-scratch* take() {
+scratch* take(std::atomic<scratch*> (&idle)[slots]) {
   for (std::atomic<scratch*>& slot : idle) {
     if (slot.load(std::memory_order_relaxed) == nullptr) continue;
     scratch* const taken = slot.exchange(nullptr, std::memory_order_acquire);
@@ -36,11 +36,14 @@ int64_t scratch::bytes() const {
 
 int64_t scratch_bytes() { return total_bytes.load(std::memory_order_relaxed); }
 
-borrowed_scratch::borrowed_scratch() : scratch_(take()), bytes_before_(scratch_->bytes()) {}
+borrowed_scratch::borrowed_scratch(scratch_of of)
+    : of_(of),
+      scratch_(take(idle_scratches[static_cast<int>(of)])),
+      bytes_before_(scratch_->bytes()) {}
 
 borrowed_scratch::~borrowed_scratch() {
   total_bytes.fetch_add(scratch_->bytes() - bytes_before_, std::memory_order_relaxed);
-  for (std::atomic<scratch*>& slot : idle) {
+  for (std::atomic<scratch*>& slot : idle_scratches[static_cast<int>(of_)]) {
     scratch* empty = nullptr;
     if (slot.compare_exchange_strong(empty, scratch_, std::memory_order_release)) return;
   }

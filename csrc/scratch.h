@@ -66,16 +66,21 @@ struct scratch {
 // Bytes of all scratches, as of the calls that have returned.
 int64_t scratch_bytes();
 
+// A decoder layer holds a scratch while its steps use another. Of one kind they would change places
+// from call to call, and each would grow to what both need.
+enum class scratch_of : uint8_t { step, decoder_layer };
+
 // One scratch for the duration of a call: as many exist as calls have run at the same time.
 class borrowed_scratch {
  public:
-  borrowed_scratch();
+  explicit borrowed_scratch(scratch_of of = scratch_of::step);
   ~borrowed_scratch();
   borrowed_scratch(const borrowed_scratch&) = delete;
   borrowed_scratch& operator=(const borrowed_scratch&) = delete;
   scratch* operator->() const { return scratch_; }
 
  private:
+  scratch_of of_;
   scratch* scratch_;
   int64_t bytes_before_;
 };

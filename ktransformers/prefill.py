@@ -138,15 +138,15 @@ def chunk_tokens(model: PreTrainedModel, memory: int | None = None) -> int:
 def activation_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     """Estimate the bytes beside the weights that a token of a chunk needs.
 
-    That is an MLP with its gate, its up and their product, attention with its queries, their
-    rotated copy and its output, four rows of the hidden size, and for each expert that a token has
-    fp32 rows of the intermediate size for gate, up and the product. They are added up, though no
-    two are in use at a time: scratch memory is kept for the next call.
+    That is attention with its queries, their rotated copy and its output, four rows of the hidden
+    size, and for each expert that a token has a row of the intermediate size, in fp32 and as the
+    next product takes it; without experts an MLP with its gate, its up and their product. They are
+    added up, though no two are in use at a time: scratch memory is kept for the next call. (Beside
+    experts, the few dense layers are computed some tokens at a time.)
     """
     D, H = config.hidden_size, config.num_attention_heads
     head = getattr(config, "qk_head_dim", None) or D // H
-    mlp = 3 * (getattr(config, "intermediate_size", None) or 0)
-    attention = 3 * H * head
     routed = getattr(config, "moe_intermediate_size", None) or 0
-    experts = 4 * 3 * routed * (getattr(config, "num_experts_per_tok", None) or 0)
-    return int(itemsize * (mlp + attention + 4 * D) + experts)
+    experts = (4 + itemsize) * routed * (getattr(config, "num_experts_per_tok", None) or 0)
+    mlp = 3 * itemsize * (getattr(config, "intermediate_size", None) or 0)
+    return int(itemsize * (3 * H * head + 4 * D) + (experts or mlp))

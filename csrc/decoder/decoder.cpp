@@ -296,7 +296,7 @@ decoder_chunk decoder_chunk_at(const decoder_input& input, int64_t sequence, int
 void decoder_forward(const kernel_table& kernels, const decoder_weights& weights,
                      const decoder_input& input, const decoder_chunk& chunk, decoder_part part,
                      int threads) {
-  const borrowed_scratch scratch;
+  const borrowed_scratch scratch(scratch_of::decoder_layer);
   const int64_t rows = chunk.sequences * chunk.tokens;
   const row_memory counted(memory_cutter(nullptr), weights, rows);
   const auto size = static_cast<int64_t>(counted.end + cut_alignment);

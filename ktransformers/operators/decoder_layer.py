@@ -43,6 +43,7 @@ from ktransformers.placement import (
 from ktransformers.rules import top_k_of_layer
 
 UNKEPT = ("attentions", "router_logits")  # of what transformers records
+DENSE_CHUNK = 256  # tokens: all of them share a dense MLP's weights, no more are needed
 V2_METHODS = ("greedy", "group_limited_greedy")
 
 
@@ -107,7 +108,7 @@ class CpuDecoderLayer(PlacedOperator):
             numa: where the weights of projections and experts lie on a machine of several nodes, as
                 CpuExperts says; those of kv_b_proj, norms and router are dealt to all in turn.
             chunk_tokens: how many to compute at a time, which bounds the memory for intermediates;
-                1024 where it is not given.
+                where it is not given 1024, or 256 in a layer without experts, whose MLP is wide.
             top_k: experts per token, fewer than configured, or a mapping from layer ranges to
                 that, such as {'1-3': 4, '4-60': 6}; layers without experts take no notice.
 
@@ -202,7 +203,7 @@ class CpuDecoderLayer(PlacedOperator):
             eps=self.eps,
             latent_eps=self.latent_eps,
             threads=self.threads,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=self.chunk_tokens or (None if self.num_experts else DENSE_CHUNK),
         )
 
     def experts_per_token(self) -> int | None:

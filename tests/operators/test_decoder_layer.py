@@ -405,3 +405,15 @@ def test_the_last_position_alone_has_the_output_that_it_has_among_others(
         mask = None if padding is None else torch.nn.functional.pad(padding, (0, 1), value=1)
         want, got = (model(more, mask, past_key_values=each).logits for each in caches)
     assert torch.equal(got, want)
+
+
+def test_scratch_does_not_grow_from_call_to_call() -> None:
+    model = random_model(v3_config(**ALL))
+    optimize_and_load(model, rules())
+    ids = torch.randint(3, 96, (1, 900), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        model(ids)
+        first = _native.scratch_bytes()
+        for _ in range(3):
+            model(ids)
+    assert _native.scratch_bytes() == first
