@@ -560,7 +560,8 @@ class DecoderLayer:
         takes it: the new tokens are the last of `lengths` and are written there. `chosen` int32
         `[B * T, top_k]` gets the experts of each token. With `last_only` all is cached, but what
         comes after is computed for each sequence's last token alone, and `chosen` is
-        `[B, top_k]`; the other rows of `out` are those of `hidden_states`.
+        `[B, top_k]`; the other rows of `out` are those of `hidden_states`. The last row is that of
+        a full call up to attention's rounding: its one query takes the absorbed form.
         """
 
     def project(
@@ -592,11 +593,11 @@ class DecoderLayer:
         """Do what comes after the cache, with the queries of `project`; else as `forward`."""
 
 def forward_layers(
-    layers: Sequence[DecoderLayer],
+    layers: list[DecoderLayer],
     hidden_states: Tensor,
     cos: Tensor,
     sin: Tensor | None,
-    caches: Sequence[tuple[Tensor, Tensor | None, Tensor]],
+    caches: list[tuple[Tensor, Tensor | None, Tensor]],
     block_table: Tensor,
     lengths: Tensor,
     out: Tensor,

@@ -132,9 +132,10 @@ class Operator(nn.Module):
         """Return a function that does the work of decoder layers of this class in fewer calls.
 
         Args:
-            layers: all of a model's, in order, none of them hooked.
+            layers: all of a model's, in order, none of them hooked or its `forward` replaced.
 
-        None, as here, where each has to be called, if only because its routing is watched.
+        None, as here, where each has to be called, if only because its routing is watched. Asked
+        once an answer: hooks attached while one streams are not seen before the next.
         """
         return None
 

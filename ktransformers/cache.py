@@ -323,6 +323,16 @@ class LatentCache(Cache):
                     for tensor in each.tensors().values():
                         tensor[target] = tensor[source]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out who filled this: a weak reference can't be pickled."""
+        return {**vars(self), "_maker": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LatentCache:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.__dict__ |= copy.deepcopy(vars(self), memo)
+        return twin
+
     def claim(self, model: PreTrainedModel) -> None:
         """Note that a model is to fill this.
 

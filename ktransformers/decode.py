@@ -28,7 +28,7 @@ from ktransformers.stack import DecoderStack
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 UNKEPT = ("return_dict_in_generate", "output_attentions", "output_hidden_states")
-OTHER_LOOPS = ("assistant_model", "custom_generate")
+UNHEARD = ("assistant_model", "custom_generate", "streamer", "position_ids", "inputs_embeds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +50,17 @@ def plain_request(
 ) -> Request | None:
     """Let `generate` check and prepare a request; return it if it is for `decode`.
 
-    None means one for another loop of transformers, such as for beams or an assistant.
+    None means one for another loop of transformers, such as for beams, an assistant or position_ids
+    of one's own.
 
     Raises what `generate` raises, and ValueError where prompt and answer do not fit the cache.
     """
-    if any(sampling.get(name) for name in OTHER_LOOPS):
+    if any(sampling.get(name) is not None for name in UNHEARD):
         return None
     options = dict(sampling)
     stop = stop_strings(model, options)
     if stop:  # a custom_generate is not given the tokenizer
-        criteria = [*options.get("stopping_criteria", ()), StopStringCriteria(tokenizer, stop)]
+        criteria = [*(options.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, stop)]
         options |= {"stop_strings": None, "stopping_criteria": StoppingCriteriaList(criteria)}
     request: Request = model.generate(  # type: ignore[operator]  # typed for GenerationMixin alone
         input_ids,
@@ -95,8 +96,10 @@ def stop_strings(model: PreTrainedModel, sampling: Mapping[str, Any]) -> list[st
 
     Raises ValueError for one that every text has.
     """
-    config = sampling.get("generation_config") or model.generation_config
-    found = sampling.get("stop_strings", getattr(config, "stop_strings", None)) or []
+    own = getattr(model.generation_config, "stop_strings", None)
+    given = getattr(sampling.get("generation_config"), "stop_strings", None)
+    default = own if given is None else given  # as `generate` fills what a given config leaves open
+    found = sampling.get("stop_strings", default) or []
     strings = [found] if isinstance(found, str) else list(found)
     if "" in strings:
         raise ValueError("a stop string is empty, which would end every answer; leave it out")

@@ -1,7 +1,9 @@
 """The last layer's work for the last position alone, where nobody reads the others.
 
 What a prompt is read for is the logits of its last position; of the others, the last layer has to
-cache what attention will want of them, and no more. A plain `forward` computes everything.
+cache what attention will want of them, and no more. A plain `forward` computes everything; its
+logits are the same up to rounding. Our attention does round otherwise: a single query takes the
+absorbed form, where many together may take the expanded one.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def last_position_only(model: PreTrainedModel) -> Iterator[None]:
     """Spare calls of a model work in the last layer, where the last position's logits are kept.
 
     Holds for calls on this thread with `logits_to_keep=1` that ask for no outputs of layers; their
-    logits are the same. Every other call computes everything.
+    logits are those of a full forward up to attention's rounding. Every other call computes
+    everything.
     """
     layers = getattr(model.base_model, "layers", None)
     here = threading.get_ident()

@@ -3,8 +3,8 @@
 A model that we know is taken apart: its embedding, decoder layers, norm and head are called one
 after the other, without what transformers does around them at every forward (0.5 ms a token, and a
 causal mask of queries x keys, where attention that is causal by itself needs none). Any other is
-called as it is. Either way the last layer's MLP or experts and the head are computed for the last
-position alone; a plain `forward` computes everything.
+called as it is. Either way the last layer's MLP or experts, the queries of our attention there, and
+the head are computed for the last position alone; a plain `forward` computes everything.
 
 Shape suffixes: B sequences, T new tokens, L cached tokens with them, V vocab_size.
 """
@@ -114,10 +114,11 @@ class DecoderStack:
             angles = self.rotary(x, position_ids)
             if self.needs_mask:
                 mask = create_causal_mask(self.config, x, mask, cache, position_ids)
-        with last_position_of(self.layers[-1]) if T > 1 else nullcontext():
-            for layer in self.layers:
-                if self.check is not None:
-                    self.check()
+        for layer in self.layers:
+            if self.check is not None:
+                self.check()
+            narrow = T > 1 and layer is self.layers[-1]
+            with last_position_of(layer) if narrow else nullcontext():
                 x = layer(
                     x,
                     attention_mask=mask,
@@ -148,7 +149,10 @@ class DecoderStack:
 def _chain_of(layers: Sequence[nn.Module]) -> Chain | None:
     first = layers[0]
     if not isinstance(first, Operator) or any(
-        type(layer) is not type(first) or layer._forward_hooks or layer._forward_pre_hooks
+        type(layer) is not type(first)
+        or "forward" in vars(layer)
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
         for layer in layers
     ):
         return None

@@ -217,6 +217,8 @@ class CpuDecoderLayer(PlacedOperator):
     @classmethod
     def chained(cls, layers: Sequence[Any]) -> Chain | None:
         """Return one native call for all layers."""
+        if cls not in (CpuDecoderLayerV2, CpuDecoderLayerV3):  # another may have its own forward
+            return None
         natives = [layer._layer for layer in layers]
         if None in natives or any(layer._record for layer in layers):
             return None

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +23,7 @@ from ktransformers import optimize_and_load
 from ktransformers.cache import LatentCache
 from ktransformers.generation import (
     Timing,
+    TimingStreamer,
     _Stopped,
     _stopped_by,
     stream,
@@ -156,6 +158,50 @@ def test_a_stop_string_of_the_model_itself_is_heard(
     monkeypatch.setattr(model.generation_config, "stop_strings", [stop])
     text = "".join(stream(model, tokenizer, input_ids, **options))
     assert text == whole.partition(stop)[0]
+
+
+def test_a_stop_string_of_the_model_itself_is_heard_beside_a_given_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options: dict[str, Any] = {"generation_config": GenerationConfig(max_new_tokens=40, **GREEDY)}
+    whole = "".join(stream(model, tokenizer, input_ids, **options))
+    stop = whole[len(whole) // 2]
+    monkeypatch.setattr(model.generation_config, "stop_strings", [stop])
+    text = "".join(stream(model, tokenizer, input_ids, **options))
+    assert text == whole.partition(stop)[0]
+
+
+def test_stopping_criteria_may_be_none_beside_a_stop_string(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor
+) -> None:
+    options = {"stop_strings": "e", "max_new_tokens": 40, **GREEDY}
+    want = list(stream(model, tokenizer, input_ids, **options))
+    assert list(stream(model, tokenizer, input_ids, stopping_criteria=None, **options)) == want
+
+
+@pytest.mark.parametrize("name", ["position_ids", "inputs_embeds"])
+def test_other_inputs_of_the_model_are_heard(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor, name: str
+) -> None:
+    inputs = {"position_ids": 3 * torch.arange(5)[None], "inputs_embeds": torch.ones(1, 5, 64)}
+    options = {"max_new_tokens": 40, **GREEDY}
+    plain = "".join(stream(model, tokenizer, input_ids, **options))
+    options[name] = inputs[name]
+    want = model.generate(input_ids, **options)[0, 5:]  # type: ignore[operator]  # as above
+    text = "".join(stream(model, tokenizer, input_ids, **options))
+    assert text == tokenizer.decode(want, skip_special_tokens=True)
+    assert text != plain
+
+
+def test_a_streamer_of_the_caller_is_refused(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor
+) -> None:
+    streamer = TimingStreamer(Timing())
+    with pytest.raises(TypeError, match="streamer"):
+        list(stream(model, tokenizer, input_ids, max_new_tokens=2, streamer=streamer))
 
 
 def test_an_empty_stop_string_is_refused(

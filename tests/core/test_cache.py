@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -138,6 +139,20 @@ def test_a_copy_is_independent() -> None:
     twin, reference = copy.deepcopy(mine), copy.deepcopy(theirs)
     mine.crop(-50)
     assert_same(twin, reference, 2)
+
+
+def test_a_cache_that_a_model_has_filled_is_pickled_without_it(v3: PreTrainedModel) -> None:
+    cache = LatentCache.for_model(v3, 100)
+    prefill(v3, IDS, cache)
+    twin = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(prefill(v3, IDS[:, :3], twin), prefill(v3, IDS[:, :3], cache))
+
+
+def test_a_copy_knows_which_model_has_filled_it(v3: PreTrainedModel) -> None:
+    cache = LatentCache.for_model(v3, 100)
+    prefill(v3, IDS, cache)
+    with pytest.raises(ValueError, match="this cache was filled by another model"):
+        copy.deepcopy(cache).claim(copy.deepcopy(v3))
 
 
 def test_a_cache_serves_inference_mode_and_others_in_turn(v3: PreTrainedModel) -> None:

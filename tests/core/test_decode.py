@@ -180,7 +180,11 @@ def test_angles_of_a_block_are_those_of_each_position(config: PreTrainedConfig) 
         {"return_dict_in_generate": True},
         {"use_cache": False},
         {"num_return_sequences": 2, "do_sample": True},
+        {"position_ids": 3 * torch.arange(30)[None]},
+        {"inputs_embeds": torch.zeros(1, 30, 64)},
+        {"streamer": object()},
     ],
+    ids=lambda options: next(iter(options)),
 )
 def test_what_the_loop_does_not_do_is_no_plain_request(options: dict[str, Any]) -> None:
     model = random_model(v3_config())
@@ -247,6 +251,20 @@ def test_layers_whose_routing_is_watched_are_called_one_by_one() -> None:
     handle = model.model.layers[1].register_forward_hook(lambda *_: None)
     assert DecoderStack(model).chain is None
     handle.remove()
+
+
+def test_layers_whose_forward_is_not_the_operator_s_are_called_one_by_one() -> None:
+    model = load(v3_config(), "layers")
+    layers: Any = model.model.layers
+    kind: Any = type(layers[1])
+    layers[1].forward = lambda *_, **__: None
+    assert DecoderStack(model).chain is None
+    del layers[1].forward
+    assert DecoderStack(model).chain is not None
+    other = type("Other", (kind,), {"forward": lambda *_, **__: None})
+    for layer in layers:
+        layer.__class__ = other
+    assert DecoderStack(model).chain is None
 
 
 @pytest.mark.parametrize("rules", RULES)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from ktransformers import optimize_and_load
 from ktransformers.cache import LatentCache
-from ktransformers.last_position import last_position_only
+from ktransformers.last_position import last_position_only, only_last_position
 from ktransformers.prefill import activation_bytes, chunk_tokens, prefill
 from tiny_models import random_model, v2_config, v3_config
 
@@ -72,6 +72,19 @@ def test_the_last_layer_computes_one_position_and_a_plain_forward_all(
     assert torch.equal(recorded.hidden_states[-1], again.hidden_states[-1])
     with torch.no_grad():
         assert close(model(IDS, logits_to_keep=1).logits, plain[:, -1:])
+
+
+def test_the_last_layer_alone_is_told_that_one_position_is_enough(model: PreTrainedModel) -> None:
+    """A hook of another layer may call another model, which would hear it too."""
+    told: list[bool] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_: told.append(only_last_position()))
+        for layer in model.model.layers
+    ]
+    prefill(model, IDS, LatentCache.for_model(model, 60))
+    for hook in hooks:
+        hook.remove()
+    assert told == [False, False, True]
 
 
 @pytest.mark.parametrize(("layer", "kept"), [(0, 32), (1, 32), (2, 48)])

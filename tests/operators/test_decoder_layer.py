@@ -374,9 +374,8 @@ def test_weights_on_several_nodes_give_the_same_bits(
 
 def test_layers_in_one_call_want_a_cache_for_each() -> None:
     none = torch.empty(0)
-    caches = [(none, None, none)]
     with pytest.raises(ValueError, match="caches: 1, expected one for each of 0 layers"):
-        _native.forward_layers([], none, none, None, caches, none, none, none, none)
+        _native.forward_layers([], none, none, None, [(none, None, none)], none, none, none, none)
 
 
 @pytest.mark.parametrize("padding", [None, LEFT])
