@@ -209,6 +209,7 @@ def test_generate_of_an_optimised_model_refuses_what_is_no_prompt(ids: Any, reas
 def test_a_long_prompt_shows_a_bar(
     model: PreTrainedModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ktransformers.progress.PATIENCE_S", 3600.0)
     prefill(model, IDS, LatentCache.for_model(model, 60), chunk_size=10)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr("ktransformers.progress.PATIENCE_S", -1.0)
