@@ -18,12 +18,16 @@ struct sweep {
 
 void read_slice(void* context, int64_t task, int) {
   sweep* all = static_cast<sweep*>(context);
-  constexpr int64_t words = slice_bytes / 8;
-  constexpr int lanes = 16;
+  constexpr int64_t words = slice_bytes / 8, half = words / 2;
+  constexpr int line = 8, ahead = 64 * line;  // words of a cache line, and of 4 KiB
   const uint64_t* slice = all->words + task * words;
-  uint64_t sums[lanes] = {};
-  for (int64_t i = 0; i < words; i += lanes) {
-    for (int lane = 0; lane < lanes; ++lane) sums[lane] += slice[i + lane];
+  uint64_t sums[2 * line] = {};
+  // In two places at once, asked for in advance: the fastest of what was tried on Zen 3.
+  for (int64_t i = 0; i < half; i += line) {
+    __builtin_prefetch(slice + i + ahead);
+    __builtin_prefetch(slice + half + i + ahead);
+    for (int lane = 0; lane < line; ++lane) sums[lane] += slice[i + lane];
+    for (int lane = 0; lane < line; ++lane) sums[line + lane] += slice[half + i + lane];
   }
   uint64_t total = 0;
   for (uint64_t sum : sums) total += sum;
