@@ -229,8 +229,8 @@ def _pack_all(
             tensors = {tensor: operator.get_buffer(tensor) for tensor in entries[name].layout}
             writer.write(name, tensors, stoppable)
 
-        futures = [pool.submit(pack_next) for _ in sizes]
-        try:
+        try:  # from the first one on: what is submitted must be told to stop
+            futures = [pool.submit(pack_next) for _ in sizes]
             for future in as_completed(futures):
                 future.result()
         finally:
