@@ -74,11 +74,11 @@ def last_position_only(model: PreTrainedModel) -> Iterator[None]:
 def last_position_of(layer: nn.Module) -> Iterator[None]:
     """Spare calls on this thread of a model's last layer the work for all but the last position."""
     handles = _narrow_mlp(layer)
-    _call.last_only = True
+    outer, _call.last_only = _call.last_only, True
     try:
         yield
     finally:
-        _call.last_only = False
+        _call.last_only = outer
         for handle in handles:
             handle.remove()
 

@@ -20,6 +20,9 @@ from ktransformers.cli.chat import HELP, converse
 from ktransformers.cli.common import (
     CacheMode,
     KvFormat,
+    Seed,
+    Stop,
+    Verbose,
     errors_for_users,
     open_model,
     sampling_arguments,
@@ -115,16 +118,9 @@ def local_chat(
             help="Over 1 makes tokens that were there less likely.",
         ),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Makes sampling repeatable.")
-    ] = None,
-    stop: Annotated[
-        list[str],
-        typer.Option("--stop", metavar="TEXT", help="End an answer before this text; repeatable."),
-    ] = [],  # noqa: B006  # typer copies it
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Log what is done, and show tracebacks of errors.")
-    ] = False,
+    seed: Seed = None,
+    stop: Stop = [],  # noqa: B006  # typer copies it
+    verbose: Verbose = False,
 ) -> None:
     """Chat with a model. An empty line asks what is in the prompt file; Ctrl-C ends an answer."""
     if device != "cpu":
