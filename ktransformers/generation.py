@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from ktransformers.cache import LatentCache, check_fits
 from ktransformers.decode import decode, plain_request, stop_strings
 from ktransformers.last_position import last_position_only
+from ktransformers.parallel import POLL_S
 from ktransformers.prefill import check_prompt, chunk_tokens, prefill
 from ktransformers.stack import DecoderStack
 
@@ -244,13 +245,18 @@ class _TokenQueue(TimingStreamer):
     def token_ids(self) -> Iterator[int]:
         """Yield tokens until the end; raise what ended them, if it was an error."""
         while True:
-            item = self.queue.get()
+            item = self._next()
             if not isinstance(item, _End):
                 yield item
             elif item.error is None:
                 return
             else:
                 raise item.error
+
+    def _next(self) -> int | _End:
+        while True:
+            with suppress(Empty):
+                return self.queue.get(timeout=POLL_S)
 
 
 class _Stopped(Exception):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from ktransformers.checkpoint.packed import (
     read_into,
 )
 from ktransformers.inject import Plan
+from ktransformers.parallel import in_parallel
 from ktransformers.placement import PlacedOperator
 from ktransformers.progress import byte_progress
 from ktransformers.weights import MAX_READERS, LoadError, Reading
@@ -66,9 +66,8 @@ class UsedCache:
             def opened(name: str) -> Callable[[], None]:
                 return self._open(name, advance)
 
-            with ThreadPoolExecutor(readers) as pool:
-                for use in pool.map(opened, self.operators):
-                    use()
+            for use in in_parallel([partial(opened, name) for name in self.operators], readers):
+                use()
 
     def _open(self, name: str, advance: Callable[[int], None]) -> Callable[[], None]:
         """Map or copy an operator's tensors; return what makes it compute with them."""

@@ -10,8 +10,8 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ktransformers.hub import resolve_model
 from ktransformers.inject import plan
 from ktransformers.load import build_folder_on_meta
 from ktransformers.packed import DEFAULT_FOLDER, checkpoint_fingerprint, packed_operators
+from ktransformers.parallel import in_parallel
 from ktransformers.placement import ANYWHERE, PlacedOperator
 from ktransformers.progress import byte_progress
 from ktransformers.rules import Rule, load_rules
@@ -162,17 +163,12 @@ def _damages(folder: Path, index: Index) -> dict[str, str | None]:
     """Read all that is packed; say of each operator what is wrong with it."""
     entries = [index.entries[name] for name in index.checksums]
     total = sum(entry.file_bytes() for entry in entries)
-    with byte_progress("Verifying", total) as advance, ThreadPoolExecutor(_readers()) as pool:
-        futures = {
-            entry.operator: pool.submit(
-                damage, folder, entry, index.checksums[entry.operator], advance
-            )
+    with byte_progress("Verifying", total) as advance:
+        jobs = [
+            partial(damage, folder, entry, index.checksums[entry.operator], advance)
             for entry in entries
-        }
-        try:
-            return {name: future.result() for name, future in futures.items()}
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        ]
+        return dict(zip(index.checksums, in_parallel(jobs, _readers()), strict=True))
 
 
 def verify(folder: str | os.PathLike[str]) -> int:
@@ -213,10 +209,7 @@ def _pack_all(
     readers = min(_readers(), _fitting(max(sizes, default=1)))
     queue = deque(operators)
     stop = threading.Event()
-    with (
-        byte_progress("Packing (read and written)", read + sum(sizes)) as advance,
-        ThreadPoolExecutor(readers) as pool,
-    ):
+    with byte_progress("Packing (read and written)", read + sum(sizes)) as advance:
         stoppable = _stoppable(advance, stop)
         watched = CountingCheckpoint(checkpoint, stoppable)
 
@@ -229,13 +222,7 @@ def _pack_all(
             tensors = {tensor: operator.get_buffer(tensor) for tensor in entries[name].layout}
             writer.write(name, tensors, stoppable)
 
-        try:  # from the first one on: what is submitted must be told to stop
-            futures = [pool.submit(pack_next) for _ in sizes]
-            for future in as_completed(futures):
-                future.result()
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        in_parallel([pack_next] * len(sizes), readers, stop.set)
 
 
 def _stoppable(advance: Callable[[int], None], stop: threading.Event) -> Callable[[int], None]:

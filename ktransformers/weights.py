@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from ktransformers.base import Checkpoint, Operator, TensorInfo
 from ktransformers.checkpoint import CountingCheckpoint, TiedCheckpoint, lazy_state_dict
 from ktransformers.checkpoint.messages import joined, listed, missing_tensor
 from ktransformers.inject import Plan, Replacement
+from ktransformers.parallel import in_parallel
 from ktransformers.progress import byte_progress
 
 MAX_NEAREST = 3  # missing tensors for which similar names are looked up
@@ -241,16 +242,11 @@ def _load_operators(
         advance(nbytes)
 
     watched = CountingCheckpoint(checkpoint, on_read)
-    with ThreadPoolExecutor(min(MAX_READERS, _native.default_threads())) as pool:
-        futures = [pool.submit(operator.load_weights, watched) for operator in operators]
-        try:
-            for future in futures:
-                future.result()
-        except ValueError as error:
-            raise LoadError(str(error)) from error
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+    jobs = [partial(operator.load_weights, watched) for operator in operators]
+    try:
+        in_parallel(jobs, min(MAX_READERS, _native.default_threads()), stop.set)
+    except ValueError as error:
+        raise LoadError(str(error)) from error
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ktransformers.checkpoint.messages import listed
+from ktransformers.parallel import in_parallel
 
 HEAD = 1 << 20  # bytes hashed at a file's start: a shard's header is some 100 kB
 SAMPLES = 16  # blocks hashed of the rest
@@ -37,8 +38,7 @@ class SourceFile:
 def fingerprint(folder: Path, files: Iterable[Path]) -> Fingerprint:
     """Return the fingerprint of a checkpoint's files. Raises OSError where one can't be read."""
     ordered = sorted(files)
-    with ThreadPoolExecutor(READERS) as pool:
-        sampled = list(pool.map(_sample, ordered))
+    sampled = in_parallel([partial(_sample, path) for path in ordered], READERS)
     names = [os.path.relpath(path, folder) for path in ordered]
     return dict(zip(names, sampled, strict=True))
 
