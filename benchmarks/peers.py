@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from results import Report, emit, emit_absent, markdown
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 MAX_SECONDS = 20.0  # of a peer's calls with one token count, after which it has no more rounds
+SETTLE_STEP_S, SETTLE_STEPS = 0.03, 50  # a tick of the CPU clock is 0.01 s
 HEADER = ("tokens", "ours, ms", "theirs, ms", "of theirs", "ours is faster (quartiles)", "as")
 
 
@@ -58,6 +60,12 @@ class Compared:
         ]
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return what a process of ours has used of all cores so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class Worker:
     """A peer's process, which answers a line with a line of JSON."""
 
@@ -71,12 +79,24 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
-        return self._answer()
+        answer = self._answer()
+        self._settle()
+        return answer
 
     def seconds(self, tokens: int, at_least: float) -> list[float]:
         """Let it measure calls now."""
         times: list[float] = self.ask(f"{tokens} {at_least}")
         return times
+
+    def _settle(self) -> None:
+        """Wait until its threads rest: some spin for a tenth of a second after their last call."""
+        before = -1.0
+        for _ in range(SETTLE_STEPS):
+            used = cpu_seconds(self.process.pid)
+            if used == before:
+                return
+            before = used
+            time.sleep(SETTLE_STEP_S)
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
