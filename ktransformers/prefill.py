@@ -42,7 +42,8 @@ def prefill(
         input_ids: the new tokens, [B, T].
         cache: is filled; after an error or Ctrl-C it holds the chunks that were completed.
         attention_mask: 0 for padding, [B, cached + T].
-        chunk_size: tokens of each sequence at a time; `chunk_tokens` where it is not given.
+        chunk_size: tokens of each sequence at a time; where it is not given chunks of one size, and
+            of at most `chunk_tokens`.
 
     Raises ValueError, before any work, for a request that can't be computed.
     """
@@ -52,7 +53,7 @@ def prefill(
     past = cache.completed()
     cache.check_request(B, past + T)
     positions = _positions(attention_mask, B, past, T)
-    chunk = max(1, chunk_tokens(model) // B) if chunk_size is None else chunk_size
+    chunk = _even(T, max(1, chunk_tokens(model) // B)) if chunk_size is None else chunk_size
     if chunk < 1:
         raise ValueError(f"chunk_size {chunk} is not a number of 1 or more")
     known = cache.token_ids if past else token_ids[:, :0]
@@ -72,6 +73,12 @@ def prefill(
         if known.shape == (B, past):
             cache.note_tokens(torch.cat([known, token_ids], dim=1))
     return logits
+
+
+def _even(tokens: int, most: int) -> int:
+    """Return the size of equal chunks: a small last one would read all weights for a few tokens."""
+    chunks = -(-tokens // most)
+    return -(-tokens // chunks)
 
 
 def check_prompt(

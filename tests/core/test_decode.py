@@ -172,6 +172,23 @@ def test_angles_of_a_block_are_those_of_each_position(config: PreTrainedConfig) 
         assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_norm_is_that_of_transformers(
+    config: PreTrainedConfig, dtype: torch.dtype
+) -> None:
+    stack = DecoderStack(random_model(config))
+    stack.norm.to(dtype).weight.data.uniform_(0.5, 2)  # type: ignore[operator]  # a norm's
+    x = torch.randn(3, 2, 64, dtype=dtype)[:, -1:]
+    one_step = torch.finfo(dtype).eps  # the mean's order of additions may turn a rounding
+    torch.testing.assert_close(stack._normed(x), stack.norm(x), rtol=2 * one_step, atol=0)
+
+
+def test_a_hook_of_the_last_norm_is_called(config: PreTrainedConfig) -> None:
+    stack = DecoderStack(random_model(config))
+    stack.norm.register_forward_hook(lambda module, args, out: torch.full_like(out, 7))
+    assert (stack._normed(torch.randn(1, 1, 64)) == 7).all()
+
+
 @pytest.mark.parametrize(
     "options",
     [

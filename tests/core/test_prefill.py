@@ -245,3 +245,19 @@ def test_a_chunk_of_a_model_without_experts_is_fixed() -> None:
     }
     heads: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1}
     assert chunk_tokens(random_model(LlamaConfig(**sizes, **heads))) == 512
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"), [(192, [192]), (193, [97, 96]), (385, [129, 129, 127]), (576, [192] * 3)]
+)
+def test_chunks_are_of_one_size(
+    tokens: int, sizes: list[int], model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ktransformers.prefill.chunk_tokens", lambda model: 192)
+    read: list[int] = []
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _, args, out: read.append(args[0].shape[1]))
+    ids = torch.full((1, tokens), 5)
+    prefill(model, ids, LatentCache.for_model(model, tokens))
+    handle.remove()
+    assert read == sizes
