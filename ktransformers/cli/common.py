@@ -329,10 +329,10 @@ def sampling_arguments(
     if stop:
         others["stop_strings"] = list(stop)
     if temperature == 0:
-        if len(given) > 1:
+        more = [name for name in given if name != "temperature"]
+        if more:
             raise ValueError(
-                "--temperature 0 always takes the likeliest token: leave out --top-p, --top-k and "
-                "--min-p"
+                f"--temperature 0 always takes the likeliest token: leave out {', '.join(more)}"
             )
         return {"do_sample": False, **dict.fromkeys(chooses), **others}
     return {"do_sample": True, **given, **others} if given else others

@@ -125,8 +125,7 @@ SHIPPED = (
         ),
         (
             "generate {model} x --rules {rules} --temperature 0 --top-k 3",
-            "--temperature 0 always takes the likeliest token: leave out --top-p, --top-k "
-            "and --min-p",
+            "--temperature 0 always takes the likeliest token: leave out top_k",
         ),
         (
             "generate {bare} x --rules {rules}",
