@@ -294,11 +294,15 @@ nb::object bind_forward_layers(const nb::list& layers, nb::object hidden_states,
   }
   for (size_t i = 0; i < layers.size(); ++i) {
     if (!check.is_none()) check();
-    const auto [latent, scale, rope] =
-        nb::cast<std::tuple<nb::object, nb::object, nb::object>>(caches[i]);
-    nb::cast<const decoder_layer&>(layers[i]).forward(hidden_states, cos, sin, latent, scale, rope,
-                                                      block_table, lengths, nb::none(), out,
-                                                      nb::none(), false);
+    const decoder_layer* layer = nullptr;
+    std::tuple<nb::object, nb::object, nb::object> arrays;
+    if (!nb::try_cast(layers[i], layer) || !layer || !nb::try_cast(caches[i], arrays)) {
+      value_error("layer " + std::to_string(i) +
+                  ": expected a DecoderLayer, and latent, scale and rope of its cache");
+    }
+    const auto& [latent, scale, rope] = arrays;
+    layer->forward(hidden_states, cos, sin, latent, scale, rope, block_table, lengths, nb::none(),
+                   out, nb::none(), false);
     hidden_states = out;
     std::swap(out, other_out);
   }

@@ -20,7 +20,6 @@ constexpr int64_t max_expanded_queries = 1024;
 // Unpacking a head's weights takes about as long as expanding so many keys (docs/log.md).
 constexpr int64_t weights_as_keys = 48;
 constexpr int64_t max_key_parts = 32;
-constexpr int64_t min_part_keys = 2 * tile_keys;
 
 }  // namespace
 
@@ -46,7 +45,7 @@ void round_to_bf16(const kernel_table& kernels, int64_t count, int64_t n, const 
 key_parts parts_of(const mla_input& input, int64_t sequence) {
   const int64_t length = input.cache.lengths[sequence];
   const int64_t most = std::max<int64_t>(1, max_key_parts / input.tokens);
-  const int64_t keys = std::max(min_part_keys, round_up(divide_up(length, most), tile_keys));
+  const int64_t keys = round_up(divide_up(length, most), tile_keys);
   return {divide_up(length, keys), keys};
 }
 
