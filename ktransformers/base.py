@@ -127,6 +127,17 @@ class Operator(nn.Module):
         """Read `weight_shapes` into the operator's own layout; called once, off the main thread."""
         raise NotImplementedError(f"{type(self).__name__} does not define load_weights")
 
+    def check_machine(self) -> None:
+        """Raise ValueError, in a sentence, where this machine cannot run the operator.
+
+        Asked before anything is loaded, but not by `plan`: that may be for another machine, as
+        what is packed for one may be.
+        """
+
+    def computed_by(self) -> str | None:
+        """Say for the report what computes this operator; None where that is the CPU kernels."""
+        return None
+
     @classmethod
     def chained(cls, layers: Sequence[Any]) -> Chain | None:
         """Return a function that does the work of decoder layers of this class in fewer calls.

@@ -33,6 +33,7 @@ from ktransformers.checkpoint import open_checkpoint
 from ktransformers.hub import resolve_model
 from ktransformers.inject import Plan, apply, format_replacements, plan
 from ktransformers.last_position import last_position_only
+from ktransformers.machine import check_machine
 from ktransformers.packed import AUTO, CacheMode, find_cache
 from ktransformers.prefill import check_prompt
 from ktransformers.report import build_report, count_experts
@@ -86,6 +87,7 @@ def optimize_and_load(
     parsed = load_rules(rules, overrides=overrides)
     skeleton, find_weights = _open(model, checkpoint, dtype)
     planned = plan(skeleton, parsed, dtype=dtype)
+    check_machine(planned)
     source, weights = find_weights()
     source = serve_ties(source, skeleton, planned)
     reading = check_weights(skeleton, planned, source)

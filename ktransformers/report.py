@@ -30,6 +30,7 @@ class Report:
     isa: str  # the CPU kernels that dispatch chose
     cache: str | None = None  # what came from a packed cache, or why nothing did
     numa: tuple[str, ...] = ()  # where packed weights lie, a line for each way
+    kernels: tuple[str, ...] = ()  # what computes operators besides the CPU kernels
 
     def __str__(self) -> str:
         devices = ", ".join(f"{d}: {n / 2**20:,.1f} MiB" for d, n in self.bytes_by_device.items())
@@ -38,6 +39,7 @@ class Report:
         if self.cache is not None:
             lines.append(f"packed cache: {self.cache}")
         lines.append(f"CPU kernels: {self.isa}")
+        lines += [f"other kernels: {line}" for line in self.kernels]
         if self.experts_per_token is not None:
             lines.append(f"experts per token, measured: {self.experts_per_token:.2f}")
         return "\n".join(lines)
@@ -131,6 +133,11 @@ def numa_lines(model: nn.Module) -> list[str]:
     return [f"{line}{nbytes / 2**20:,.1f} MiB" for line, nbytes in totals.items()]
 
 
+def _computed_by(model: nn.Module) -> tuple[str, ...]:
+    operators = (module for module in model.modules() if isinstance(module, Operator))
+    return tuple(dict.fromkeys(filter(None, (each.computed_by() for each in operators))))
+
+
 def build_report(
     model: nn.Module, plan: Plan, experts_per_token: float | None, cache: str | None = None
 ) -> Report:
@@ -142,4 +149,5 @@ def build_report(
         isa=_native.isa(),
         cache=cache,
         numa=tuple(numa_lines(model)),
+        kernels=_computed_by(model),
     )

@@ -1,12 +1,16 @@
-"""What all tests share: tiny models, and no network.
+"""What all tests share: tiny models, no network, and where kernels for a GPU run.
 
 No test reaches for a network: what tries to is stopped, and its test fails. An audit hook sees
 every connection and every look-up of a host's name in this process, whatever library makes it.
 Raising is not enough: libraries that reach for a hub fall back in silence.
+
+Without a GPU Triton's kernels are interpreted. That is settled for a whole process when Triton is
+imported, which torch does when transformers is, so the environment says it before.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tiny_models import v2_config, v3_config
