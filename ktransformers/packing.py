@@ -219,7 +219,7 @@ def _pack_all(
             if isinstance(operator, PlacedOperator):
                 operator.place(ANYWHERE)
             operator.load_weights(watched)
-            tensors = {tensor: operator.get_buffer(tensor) for tensor in entries[name].layout}
+            tensors = {tensor: operator.get_buffer(tensor).cpu() for tensor in entries[name].layout}
             writer.write(name, tensors, stoppable)
 
         in_parallel([pack_next] * len(sizes), readers, stop.set)

@@ -1,11 +1,13 @@
-"""A dense projection on the CPU, with int8 (w8a8), int4 (w4a8) or bf16 weights.
+"""A dense projection: on the CPU, or on a GPU with weights in four bits.
 
-Takes the place of a `torch.nn.Linear` without bias: the projections of attention, shared experts,
-dense MLPs, or `lm_head`. Formats and arithmetic are those of `CpuExperts`:
+Both take the place of a `torch.nn.Linear`: the projections of attention, shared experts, dense
+MLPs, or `lm_head`.
 
     y = W @ x
 
-with x quantised to int8 per row, or rounded to bf16 beside bf16 weights.
+`CpuLinear` has int8 (w8a8), int4 (w4a8) or bf16 weights, in the formats and with the arithmetic of
+`CpuExperts`: x is quantised to int8 per row, or rounded to bf16 beside bf16 weights. It takes no
+bias. `Int4Linear` (w4a16) takes x as it comes, fp16 or bf16; `kernels/` has format and arithmetic.
 
 Shape suffixes: N out_features, K in_features.
 """
@@ -20,13 +22,16 @@ from torch import nn
 from typing_extensions import Self
 
 from ktransformers import _native
-from ktransformers.base import Checkpoint, Footprint, Site
+from ktransformers.base import Checkpoint, Footprint, PackedOperator, Site
+from ktransformers.checkpoint import check_finite, read_checked
 from ktransformers.cpu_options import (
     check_site,
     chunk_size,
     thread_count,
     weight_format,
 )
+from ktransformers.gpu_options import check_gpu, gpu_device, triton_on, within_reach
+from ktransformers.operators.kernels.int4_weight import Int4Format, Int4Weight, quantise
 from ktransformers.packed_weights import LinearWeights
 from ktransformers.placement import (
     PackedMatrices,
@@ -166,3 +171,153 @@ class CpuLinear(PlacedOperator):
             f"{self.in_features} -> {self.out_features}, weight={self.weight_format}, "
             f"threads={self.threads}"
         )
+
+
+class Int4Linear(PackedOperator):
+    """Compute a projection on a GPU from weights in four bits, which buffers hold.
+
+    Activations come to the weights, and results go back to where activations were: between
+    neighbours on one GPU nothing moves.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor  # where the format is asymmetric
+    bias: torch.Tensor  # where the layer has one
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        in_features: int,
+        out_features: int,
+        format: Int4Format,
+        has_bias: bool,
+        device: torch.device,
+    ):
+        super().__init__()
+        self.site = site
+        self.in_features = in_features
+        self.out_features = out_features
+        self.format = format
+        self.has_bias = has_bias
+        self.device = device
+        self._weight: Int4Weight | None = None
+        self.register_packed()
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        site: Site,
+        *,
+        device: str = "cuda:0",
+        group_size: Literal[32, 64, 128, -1] = 128,
+        symmetric: bool = True,
+    ) -> Self:
+        """Build the operator for a linear layer.
+
+        Args:
+            device: the GPU; `cpu` only for tests, in Triton's interpreter (TRITON_INTERPRET=1).
+            group_size: inputs that share a scale; -1: all of an output's.
+            symmetric: whether the zero point is 8 throughout, or one is kept for each group.
+
+        Raises ValueError where the module is no `torch.nn.Linear` that such groups divide, or
+        activations are neither fp16 nor bf16.
+        """
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"takes the place of a torch.nn.Linear, not of {type(module).__name__}"
+            )
+        parameters = dict(module.named_parameters(recurse=False)).keys()
+        if not {"weight"} <= parameters <= {"weight", "bias"}:
+            raise ValueError(f"expected the parameters weight and bias, found {sorted(parameters)}")
+        N, K = module.weight.shape
+        weight_format, gpu = Int4Format(group_size, symmetric), gpu_device(device)
+        weight_format.check(K)
+        if site.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"takes float16 or bfloat16 activations, not {site.dtype}")
+        return cls(
+            site,
+            in_features=K,
+            out_features=N,
+            format=weight_format,
+            has_bias="bias" in parameters,
+            device=gpu,
+        )
+
+    def packed_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name the packed integers, their scales and zero points, and the bias."""
+        layout = self.format.layout(self.out_features, self.in_features)
+        return (
+            {**layout, "bias": ((self.out_features,), torch.float32)} if self.has_bias else layout
+        )
+
+    def packed_format(self) -> str:
+        """Say what `kernels/int4_weight.py` makes the bytes mean."""
+        return f"{self.format} in words of four inputs, 32 apart"
+
+    def check_machine(self) -> None:
+        """Refuse a machine without the GPU."""
+        check_gpu(self.device)
+
+    def computed_by(self) -> str:
+        """Name Triton and the GPU."""
+        return triton_on(self.device)
+
+    def footprint(self) -> Footprint:
+        """Say what the layer needs; a token reads all of it."""
+        nbytes = self.packed_bytes()
+        return Footprint(self.device, nbytes, 2 * self.in_features * self.out_features, nbytes)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name the matrix and the bias."""
+        N, K, name = self.out_features, self.in_features, self.site.name
+        return {f"{name}.weight": (N, K), **({f"{name}.bias": (N,)} if self.has_bias else {})}
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Read, quantise and pack the matrix, on the GPU if there is one.
+
+        Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity;
+        MemoryError where the GPU has no room.
+        """
+        read = {}
+        for name, shape in self.weight_shapes().items():
+            read[name] = read_checked(checkpoint, name, shape)
+            check_finite(checkpoint, name, read[name])
+        weight = read[f"{self.site.name}.weight"]
+        try:
+            tensors = quantise(weight.to(within_reach(self.device)), self.format).tensors()
+            if self.has_bias:
+                tensors["bias"] = read[f"{self.site.name}.bias"].float()
+            self.use_packed(tensors)
+        except torch.OutOfMemoryError as error:
+            raise self.no_memory() from error
+
+    def use_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Bring the tensors to the GPU, if they are not there, and compute with them."""
+        home = within_reach(self.device)
+        placed = {name: tensors[name].to(home) for name in self.packed_layout()}
+        for name, tensor in placed.items():
+            setattr(self, name, tensor)
+        self._weight = Int4Weight.of(self.format, self.in_features, placed)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear names it
+        """Return the projection, `[*, N]`, of `[*, K]` fp16 or bf16, in the same dtype.
+
+        Raises ValueError for another shape or dtype, RuntimeError where weights are not loaded or
+        a gradient is asked for.
+        """
+        # Brings Triton, which packing and looking at plans do without.
+        from ktransformers.operators.kernels.int4_linear import int4_linear
+
+        if self._weight is None:
+            raise RuntimeError(self._refusal("weights are not loaded"))
+        self.check_no_gradient(input)
+        bias = self.bias if self.has_bias else None
+        return int4_linear(input.to(self.device), self._weight, bias).to(input.device)
+
+    def extra_repr(self) -> str:
+        """Show sizes, format and device where the module tree is printed."""
+        return f"{self.in_features} -> {self.out_features}, {self.format}, device={self.device}"

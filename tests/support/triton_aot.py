@@ -117,7 +117,7 @@ def _nvidia(cubin: bytes, shared: int) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
+        command = [str(tool), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", text)}
     return Resources(found["REG"], found["STACK"] + found["LOCAL"], shared)
