@@ -5,6 +5,8 @@ They run on a GPU where there is one, else in Triton's interpreter.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from ktransformers.operators.kernels.int4_linear import (
     int4_linear,
     int4_linear_reference,
 )
+from ktransformers.operators.kernels.int4_unpack import BF16_PTX, FP16_PTX
 from ktransformers.operators.kernels.int4_weight import (
     Int4Format,
     Int4Weight,
@@ -40,6 +43,46 @@ def test_every_word_unpacks_to_its_nibbles(
     found = unpack_words(words.to(torch.int16), wide, ptx=ptx)
     assert torch.equal(found, expected.to(wide))
     assert torch.equal(expected.to(dtype).long(), expected)
+
+
+@pytest.mark.parametrize(
+    ("ptx", "dtype"), [(FP16_PTX, torch.float16), (BF16_PTX, torch.bfloat16)], ids=["fp16", "bf16"]
+)
+def test_ptx_as_it_is_written_gives_the_nibbles_of_every_word(ptx: Any, dtype: torch.dtype) -> None:
+    low = torch.arange(65536)
+    registers = {"$4": low | low.flip(0) << 16}  # two words each
+    for line in ptx.value.strip("{}").replace(".reg .b32 word, one, less;", "").split(";"):
+        operation, _, rest = line.strip().partition(" ")
+        name, *others = [each.strip() for each in rest.split(",")]
+        values = [registers[o] if o in registers else torch.tensor(int(o, 0)) for o in others if o]
+        if operation == "mov.b32":
+            registers[name] = values[0].expand(65536)
+        elif operation == "shr.u32":
+            registers[name] = values[0] >> values[1]
+        elif operation == "lop3.b32":
+            assert values[3] == 0b11110000 & 0b11001100 | 0b10101010  # of a & b | c
+            registers[name] = values[0] & values[1] | values[2]
+        elif operation.startswith("fma.rn."):
+            a, b, c = (floats(value, dtype) for value in values)
+            registers[name] = bits((a.double() * b.double() + c.double()).to(dtype))
+        else:
+            assert operation == ""
+    for nibble in range(4):
+        found = floats(registers[f"${nibble}"], dtype)
+        expected = (low >> 4 * nibble & 15) - 8
+        assert torch.equal(found, torch.stack((expected, expected.flip(0))).to(dtype))
+
+
+def floats(register: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the two halves of 32-bit registers, [2, count]."""
+    halves = torch.stack((register & 0xFFFF, register >> 16 & 0xFFFF))
+    return halves.to(torch.uint16).view(dtype)
+
+
+def bits(halves: torch.Tensor) -> torch.Tensor:
+    """Return registers that hold two halves [2, count]."""
+    low, high = halves.view(torch.uint16).long()
+    return low | high << 16
 
 
 def product(

@@ -33,8 +33,8 @@ def _ptx(floats: str, magic: str, one: str, subtracted: str) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-_FP16_PTX = tl.constexpr(_ptx("f16x2", "0x64006400", "0x3c003c00", "0xe408e408"))  # 1, -1032
-_BF16_PTX = tl.constexpr(_ptx("bf16x2", "0x43004300", "0x3f803f80", "0xc308c308"))  # 1, -136
+FP16_PTX = tl.constexpr(_ptx("f16x2", "0x64006400", "0x3c003c00", "0xe408e408"))  # 1, -1032
+BF16_PTX = tl.constexpr(_ptx("bf16x2", "0x43004300", "0x3f803f80", "0xc308c308"))  # 1, -136
 
 
 @triton.jit
@@ -46,11 +46,11 @@ def unpack_int4(words, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """
     if PTX and DTYPE == tl.float16:
         return tl.inline_asm_elementwise(
-            _FP16_PTX, "=r,=r,=r,=r,r", [words], dtype=(tl.float16,) * 4, is_pure=True, pack=2
+            FP16_PTX, "=r,=r,=r,=r,r", [words], dtype=(tl.float16,) * 4, is_pure=True, pack=2
         )
     elif PTX:
         return tl.inline_asm_elementwise(
-            _BF16_PTX, "=r,=r,=r,=r,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
+            BF16_PTX, "=r,=r,=r,=r,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
         )
     else:
         # By way of fp32: from integers to bf16 the interpreter does not get.
