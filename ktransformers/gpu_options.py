@@ -7,7 +7,6 @@ A plan may be for another machine. So a device is understood when an operator is
 from __future__ import annotations
 
 import os
-from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -65,6 +64,8 @@ def within_reach(device: torch.device) -> torch.device:
 
 def triton_on(device: torch.device) -> str:
     """Say what computes on a device that has passed `check_gpu`, for a report."""
+    import triton  # optional, and by now in use
+
     if interpreting():
-        return f"Triton {version('triton')}'s interpreter on {device}: for tests, and slow"
-    return f"Triton {version('triton')} on {device}, {torch.cuda.get_device_name(device)}"
+        return f"Triton {triton.__version__}'s interpreter on {device}: for tests, and slow"
+    return f"Triton {triton.__version__} on {device}, {torch.cuda.get_device_name(device)}"
