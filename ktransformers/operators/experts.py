@@ -1,15 +1,16 @@
-"""Routed experts on the CPU, with int8 (w8a8), int4 (w4a8) or bf16 weights.
+"""Routed experts: on the CPU, or all of a layer's on a GPU with weights in four bits.
 
-Takes the place of `mlp.experts`, the module in which transformers 5 keeps the fused weights of
+Both take the place of `mlp.experts`, the module in which transformers 5 keeps the fused weights of
 all routed experts of a layer. For a token x with experts e and weights w:
 
     y = sum over e of w_e * down_e @ (silu(gate_e @ x) * (up_e @ x))
 
-Weights are quantised once, while they load: int8 symmetrically per output channel, int4 in groups
-along the inputs whose scale is searched for the least squared error. Activations are quantised to
-int8 dynamically, per token, before gate/up and again before down; beside bf16 weights they are
-rounded to bf16. The arithmetic, which with integer weights is the same to the bit on every ISA, is
-defined in `csrc/`.
+`CpuExperts` has int8 (w8a8), int4 (w4a8) or bf16 weights. They are quantised once, while they load:
+int8 symmetrically per output channel, int4 in groups along the inputs whose scale is searched for
+the least squared error. Activations are quantised to int8 dynamically, per token, before gate/up
+and again before down; beside bf16 weights they are rounded to bf16. The arithmetic, which with
+integer weights is the same to the bit on every ISA, is defined in `csrc/`. `Int4Experts` (w4a16)
+takes activations as they come, fp16 or bf16; `kernels/` has format and arithmetic.
 
 Shape suffixes: T tokens, D hidden_size, E experts, K top_k, F moe_intermediate_size.
 """
@@ -25,13 +26,16 @@ from transformers.integrations.moe import _default_apply_gate
 from typing_extensions import Self
 
 from ktransformers import _native
-from ktransformers.base import Checkpoint, Footprint, Site
+from ktransformers.base import Checkpoint, Footprint, PackedOperator, Site
+from ktransformers.checkpoint import check_finite, read_checked
 from ktransformers.cpu_options import (
     check_site,
     chunk_size,
     thread_count,
     weight_format,
 )
+from ktransformers.gpu_options import check_gpu, gpu_device, triton_on, within_reach
+from ktransformers.operators.kernels.int4_weight import Int4Format, Int4Weight, quantise
 from ktransformers.packed_weights import ExpertsWeights
 from ktransformers.placement import (
     PackedMatrices,
@@ -40,6 +44,30 @@ from ktransformers.placement import (
     Placement,
     weight_placement,
 )
+
+
+def _sizes(module: nn.Module) -> tuple[int, int, int]:
+    """Return E, D and F of a fused experts module. Raises ValueError where it is none."""
+    weights = dict(module.named_parameters(recurse=False))
+    if weights.keys() != {"gate_up_proj", "down_proj"}:
+        raise ValueError(
+            f"expected the parameters gate_up_proj and down_proj, found {sorted(weights)}"
+        )
+    E, two_F, D = weights["gate_up_proj"].shape
+    if weights["down_proj"].shape != (E, D, two_F // 2):
+        raise ValueError(
+            f"down_proj is {tuple(weights['down_proj'].shape)}, expected {(E, D, two_F // 2)}"
+        )
+    return E, D, two_F // 2
+
+
+def _check_activation(module: nn.Module, site: Site) -> None:
+    """Raise ValueError where a module does not compute silu(gate) * up."""
+    activation = getattr(site.config, "hidden_act", None)
+    if activation != "silu":
+        raise ValueError(f"computes silu, but hidden_act is {activation!r}")
+    if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
+        raise ValueError(f"computes silu(gate) * up, but {type(module).__name__} gates its own way")
 
 
 class CpuExperts(PlacedOperator):
@@ -106,32 +134,17 @@ class CpuExperts(PlacedOperator):
 
         Raises ValueError where the module is no gated SiLU experts module on the CPU.
         """
-        weights = dict(module.named_parameters(recurse=False))
-        if weights.keys() != {"gate_up_proj", "down_proj"}:
-            raise ValueError(
-                f"expected the parameters gate_up_proj and down_proj, found {sorted(weights)}"
-            )
-        E, two_F, D = weights["gate_up_proj"].shape
-        if weights["down_proj"].shape != (E, D, two_F // 2):
-            raise ValueError(
-                f"down_proj is {tuple(weights['down_proj'].shape)}, expected {(E, D, two_F // 2)}"
-            )
+        E, D, F = _sizes(module)
         format_name = weight_format(weight, group_size)
         count = thread_count(threads)
         placement, chunk = weight_placement(numa), chunk_size(chunk_tokens)
         check_site(site)
-        activation = getattr(site.config, "hidden_act", None)
-        if activation != "silu":
-            raise ValueError(f"computes silu, but hidden_act is {activation!r}")
-        if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
-            raise ValueError(
-                f"computes silu(gate) * up, but {type(module).__name__} gates its own way"
-            )
+        _check_activation(module, site)
         return cls(
             site,
             num_experts=E,
             hidden_size=D,
-            width=two_F // 2,
+            width=F,
             weight_format=format_name,
             threads=count,
             placement=placement,
@@ -204,3 +217,164 @@ class CpuExperts(PlacedOperator):
         E, D, F = self.num_experts, self.hidden_size, self.moe_intermediate_size
         shape = f"num_experts={E}, {D} -> {F} -> {D}"
         return f"{shape}, weight={self.weight_format}, threads={self.threads}"
+
+
+class Int4Experts(PackedOperator):
+    """Compute a layer's routed experts on a GPU from weights in four bits, which buffers hold.
+
+    Activations come to the weights, and results go back to where activations were.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        width: int,
+        format: Int4Format,
+        device: torch.device,
+    ):
+        super().__init__()
+        self.site = site
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.moe_intermediate_size = width
+        self.format = format
+        self.device = device
+        self._weights: tuple[Int4Weight, Int4Weight] | None = None
+        self.register_packed()
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        site: Site,
+        *,
+        device: str = "cuda:0",
+        group_size: Literal[32, 64, 128, -1] = 128,
+        symmetric: bool = True,
+    ) -> Self:
+        """Build the operator for a fused experts module.
+
+        Args:
+            device: the GPU; `cpu` only for tests, in Triton's interpreter (TRITON_INTERPRET=1).
+            group_size: inputs that share a scale; -1: all of an output's.
+            symmetric: whether the zero point is 8 throughout, or one is kept for each group.
+
+        Raises ValueError where the module is no gated SiLU experts module that such groups divide,
+        or activations are neither fp16 nor bf16.
+        """
+        E, D, F = _sizes(module)
+        weight_format, gpu = Int4Format(group_size, symmetric), gpu_device(device)
+        for in_features in (D, F):
+            weight_format.check(in_features)
+        if site.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"takes float16 or bfloat16 activations, not {site.dtype}")
+        _check_activation(module, site)
+        return cls(site, num_experts=E, hidden_size=D, width=F, format=weight_format, device=gpu)
+
+    def _matrices(self) -> dict[str, tuple[int, int]]:
+        """Name the two matrices of an expert, [n, k], gate before up."""
+        D, F = self.hidden_size, self.moe_intermediate_size
+        return {"gate_up": (2 * F, D), "down": (D, F)}
+
+    def packed_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name the packed integers, their scales and zero points."""
+        return {
+            f"{matrix}_{name}": ((self.num_experts, *shape), dtype)
+            for matrix, (n, k) in self._matrices().items()
+            for name, (shape, dtype) in self.format.layout(n, k).items()
+        }
+
+    def packed_format(self) -> str:
+        """Say what `kernels/int4_weight.py` makes the bytes mean."""
+        return f"{self.format} in words of four inputs, 32 apart, gate before up"
+
+    def check_machine(self) -> None:
+        """Refuse a machine without the GPU."""
+        check_gpu(self.device)
+
+    def computed_by(self) -> str:
+        """Name Triton and the GPU."""
+        return triton_on(self.device)
+
+    def footprint(self) -> Footprint:
+        """Say what the layer needs; bytes read are those of the experts that one token takes."""
+        D, F, nbytes = self.hidden_size, self.moe_intermediate_size, self.packed_bytes()
+        active = min(self.site.config.num_experts_per_tok, self.num_experts)
+        read = nbytes // self.num_experts * active
+        return Footprint(self.device, nbytes, active * 3 * 2 * D * F, read)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name three matrices per expert."""
+        modules = tuple(f"{self.site.name}.{expert}" for expert in range(self.num_experts))
+        return ExpertsWeights(modules, self.hidden_size, self.moe_intermediate_size, "").shapes()
+
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Read, quantise and pack one matrix at a time, on the GPU if there is one.
+
+        Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity;
+        MemoryError where the GPU has no room.
+        """
+        home, F = within_reach(self.device), self.moe_intermediate_size
+        shapes = self.weight_shapes()
+        places = (("gate_up", slice(F)), ("gate_up", slice(F, None)), ("down", slice(None)))
+        try:
+            tensors = {
+                name: torch.empty(shape, dtype=dtype, device=home)
+                for name, (shape, dtype) in self.packed_layout().items()
+            }
+            for index, (name, shape) in enumerate(shapes.items()):
+                expert, (matrix, outputs) = index // 3, places[index % 3]
+                weight = read_checked(checkpoint, name, shape)
+                check_finite(checkpoint, name, weight)
+                for part, packed in quantise(weight.to(home), self.format).tensors().items():
+                    tensors[f"{matrix}_{part}"][expert][:, outputs] = packed
+            self.use_packed(tensors)
+        except torch.OutOfMemoryError as error:
+            raise self.no_memory() from error
+
+    def use_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Bring the tensors to the GPU, if they are not there, and compute with them."""
+        home = within_reach(self.device)
+        for name in self.packed_layout():
+            setattr(self, name, tensors[name].to(home))
+        gate_up, down = (
+            Int4Weight.of(
+                self.format,
+                k,
+                {name: self.get_buffer(f"{matrix}_{name}") for name in self.format.layout(n, k)},
+            )
+            for matrix, (n, k) in self._matrices().items()
+        )
+        self._weights = gate_up, down
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted sum of the chosen experts' outputs, [T, D], in the input's dtype.
+
+        Args:
+            hidden_states: [T, D], fp16 or bf16.
+            top_k_index: [T, K], integers; the number of experts means "skip this slot".
+            top_k_weights: [T, K], floating point.
+
+        Raises ValueError for wrong shapes or dtypes, RuntimeError where weights are not loaded or
+        a gradient is asked for.
+        """
+        # Brings Triton, which packing and looking at plans do without.
+        from ktransformers.operators.kernels.int4_experts import int4_experts
+
+        if self._weights is None:
+            raise RuntimeError(self._refusal("weights are not loaded"))
+        self.check_no_gradient(hidden_states, top_k_weights)
+        x, index = hidden_states.to(self.device), top_k_index.to(self.device)
+        weights = top_k_weights.to(self.device)
+        return int4_experts(x, index, weights, *self._weights).to(hidden_states.device)
+
+    def extra_repr(self) -> str:
+        """Show sizes, format and device where the module tree is printed."""
+        E, D, F = self.num_experts, self.hidden_size, self.moe_intermediate_size
+        return f"num_experts={E}, {D} -> {F} -> {D}, {self.format}, device={self.device}"

@@ -8,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 import int4_linear
+from ktransformers.operators.kernels.int4_weight import Int4Format
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -22,5 +23,5 @@ def test_without_a_gpu_it_says_so_and_measures_nothing() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_result_is_checked_and_every_token_count_has_a_row() -> None:
-    rows = int4_linear.measure("v3-kv_a_proj", [1, 64], int4_linear.Int4Format(128, True), 2)
+    rows = int4_linear.measure("v3-kv_a_proj", [1, 64], Int4Format(128, True), 2)
     assert [row.tokens for row in rows] == [1, 64]

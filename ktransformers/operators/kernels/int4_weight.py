@@ -89,7 +89,7 @@ class Int4Format:
 
 @dataclass(frozen=True, slots=True)
 class Int4Weight:
-    """A quantised [n, k] matrix."""
+    """A quantised [n, k] matrix, or several of one shape, whose tensors have a dimension more."""
 
     format: Int4Format
     in_features: int
@@ -106,12 +106,17 @@ class Int4Weight:
     @property
     def out_features(self) -> int:
         """Return n."""
-        return self.packed.shape[1]
+        return self.packed.shape[-2]
 
     @property
     def groups(self) -> int:
         """Return how many groups an output has, those that fill up the last panel included."""
-        return self.scale.shape[0]
+        return self.scale.shape[-2]
+
+    def __getitem__(self, index: int) -> Self:
+        """Return one of several matrices."""
+        tensors = {name: tensor[index] for name, tensor in self.tensors().items()}
+        return self.of(self.format, self.in_features, tensors)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that `Int4Format.layout` names."""
