@@ -376,8 +376,11 @@ def test_layers_in_one_call_want_a_cache_for_each() -> None:
     none = torch.empty(0)
     with pytest.raises(ValueError, match="caches: 1, expected one for each of 0 layers"):
         _native.forward_layers([], none, none, None, [(none, None, none)], none, none, none, none)
+    wrong: Any = None
     with pytest.raises(ValueError, match="layer 0: expected a DecoderLayer, and latent, scale"):
-        _native.forward_layers([None], none, none, None, [(none, None, none)], *[none] * 4)
+        _native.forward_layers(
+            [wrong], none, none, None, [(none, None, none)], none, none, none, none
+        )
 
 
 @pytest.mark.parametrize("padding", [None, LEFT])
