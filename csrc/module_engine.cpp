@@ -40,11 +40,15 @@ constexpr std::chrono::milliseconds signal_interval{50};
 class request {
  public:
   request(std::shared_ptr<queue> on, nb::object layer, nb::object hidden_states,
-          nb::object top_k_index, nb::object top_k_weights, nb::object out)
+          nb::object top_k_index, nb::object top_k_weights, nb::object out, nb::object done)
       : queue_(std::move(on)),
         layer_(std::move(layer)),
-        tensors_{hidden_states, top_k_index, top_k_weights, out},
-        call_(view_experts_call(layer_, hidden_states, top_k_index, top_k_weights, out)) {}
+        tensors_{hidden_states, top_k_index, top_k_weights, out, done},
+        call_(view_experts_call(layer_, hidden_states, top_k_index, top_k_weights, out)),
+        done_(done.is_none()
+                  ? nullptr
+                  : static_cast<uint32_t*>(view_tensor(done, "done", {element::int32}, {1}).data)) {
+  }
   ~request() {
     queue_->drop(this, "a host function was freed before the sync: its work was dropped");
   }
@@ -59,7 +63,7 @@ class request {
                              if (begin == 0) check_indices(of.call_);
                              compute(of.call_, begin, count);
                            },
-                           this});
+                           this, done_});
   }
 
   queue& on() const { return *queue_; }
@@ -67,8 +71,9 @@ class request {
  private:
   const std::shared_ptr<queue> queue_;
   const nb::object layer_;
-  const nb::object tensors_[4];
+  const nb::object tensors_[5];
   const experts_call call_;
+  uint32_t* const done_;
 };
 
 // What `cudaLaunchHostFunc` and its like call, on threads of which Python knows nothing.
@@ -95,7 +100,8 @@ class experts_handle {
 
   void submit(nb::object hidden_states, nb::object top_k_index, nb::object top_k_weights,
               nb::object out) {
-    requests_.push_back({host_function(hidden_states, top_k_index, top_k_weights, out), 0});
+    requests_.push_back(
+        {host_function(hidden_states, top_k_index, top_k_weights, out, nb::none()), 0});
     requests_.back().number = requests_.back().of->submit();
     free_ended();
   }
@@ -116,11 +122,12 @@ class experts_handle {
   }
 
   std::unique_ptr<request> host_function(nb::object hidden_states, nb::object top_k_index,
-                                         nb::object top_k_weights, nb::object out) {
+                                         nb::object top_k_weights, nb::object out,
+                                         nb::object done) {
     check_fork();
     return std::make_unique<request>(queue_, layer_, std::move(hidden_states),
                                      std::move(top_k_index), std::move(top_k_weights),
-                                     std::move(out));
+                                     std::move(out), std::move(done));
   }
 
   nb::object layer() const { return layer_; }
@@ -254,7 +261,7 @@ void bind_engine(nb::module_& m) {
            "out"_a)
       .def("sync", &experts_handle::sync)
       .def("host_function", &experts_handle::host_function, "hidden_states"_a, "top_k_index"_a,
-           "top_k_weights"_a, "out"_a)
+           "top_k_weights"_a, "out"_a, "done"_a = nb::none())
       .def_prop_ro("layer", &experts_handle::layer);
 }
 

@@ -400,9 +400,18 @@ class ExpertsHandle:
         """
 
     def host_function(
-        self, hidden_states: object, top_k_index: object, top_k_weights: object, out: object
+        self,
+        hidden_states: object,
+        top_k_index: object,
+        top_k_weights: object,
+        out: object,
+        done: object | None = None,
     ) -> HostFunction:
-        """Return the same `submit`, and `sync`, for a thread without Python to call."""
+        """Return the same `submit`, and `sync`, for a thread without Python to call.
+
+        `done`, int32 `[1]`, is for a device that waits for a word in memory: `submit` sets it to 0,
+        and the end of the work, whichever that is, to 1.
+        """
 
     @property
     def layer(self) -> Experts: ...

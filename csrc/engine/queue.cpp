@@ -17,6 +17,13 @@
 #endif
 
 namespace kt {
+namespace {
+
+void set_done(const job& work, uint32_t value) {
+  if (work.done) std::atomic_ref<uint32_t>(*work.done).store(value, std::memory_order_release);
+}
+
+}  // namespace
 
 // Its mutex is not held during work: who waits for the mutex waits for some instructions only.
 class dispatcher {
@@ -31,6 +38,7 @@ class dispatcher {
 
   int64_t submit(queue* owner, const job& work) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    set_done(work, 0);
     try {
       if (closed_) throw std::runtime_error(exit_message);
       jobs_.push_back({owner, work});
@@ -38,6 +46,7 @@ class dispatcher {
       work_.notify_one();
     } catch (...) {
       fail(owner, std::current_exception());
+      set_done(work, 1);
     }
     return owner->submitted_;
   }
@@ -67,7 +76,9 @@ class dispatcher {
   void drop(const predicate& meant, const char* error) {
     std::unique_lock<std::mutex> lock(mutex_);
     const auto empty = [&](entry& one) {
+      set_done(one.work, 1);
       one.work.rows = 0;
+      one.work.done = nullptr;
       fail(one.owner, std::make_exception_ptr(std::runtime_error(error)));
     };
     for (entry& one : jobs_) {
@@ -80,7 +91,10 @@ class dispatcher {
 
   void forget(const queue* owner) {
     std::unique_lock<std::mutex> lock(mutex_);
-    std::erase_if(jobs_, [&](const entry& one) { return one.owner == owner; });
+    std::erase_if(jobs_, [&](const entry& one) {
+      if (one.owner == owner) set_done(one.work, 1);
+      return one.owner == owner;
+    });
     if (running_.owner == owner) running_.work.rows = 0;
     progress_.wait(lock, [&] { return running_.owner != owner; });
   }
@@ -130,6 +144,7 @@ class dispatcher {
         fail(running_.owner, std::move(error));
         break;
       }
+      set_done(running_.work, 1);
       ++running_.owner->ended_;
       running_.owner = nullptr;
       progress_.notify_all();
@@ -173,7 +188,9 @@ queue::~queue() {
 }
 
 int64_t queue::submit(const job& work) noexcept {
-  return lost_in_fork() ? 0 : dispatcher_->submit(this, work);
+  if (!lost_in_fork()) return dispatcher_->submit(this, work);
+  set_done(work, 1);
+  return 0;
 }
 
 int64_t queue::submitted() const noexcept {

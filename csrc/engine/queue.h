@@ -25,6 +25,10 @@ struct job {
   // May throw: the job then ends, and the queue keeps the exception.
   void (*compute)(const void* context, int64_t begin, int64_t count);
   const void* context;  // must live until the job has ended or was dropped
+  // Where not nullptr: 0 from submit on, 1 once the job has ended, failed or was dropped; what it
+  // wrote is there for who reads the 1. For a device that waits for a word in memory. It lives as
+  // long as the context, and serves one job at a time.
+  uint32_t* done = nullptr;
 };
 
 class queue {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import threading
 import weakref
 from typing import Any
@@ -124,6 +125,43 @@ def test_error_in_a_host_callback_is_raised_by_the_next_sync() -> None:
     ForeignThread(function.submit, function.arguments).join()
     handle.sync()
     assert computed(handle, x, index, weights, out)
+
+
+def test_word_in_memory_says_when_the_work_of_a_host_callback_has_ended() -> None:
+    handle = make()
+    request, slow = draw(), draw(T=3000)
+    done = np.full(1, 7, np.int32)
+    function = handle.host_function(*request, done)
+    for index, ends_well in ((0, True), (E + 1, False), (0, True)):
+        request[1][:] = index
+        request[3][:] = np.nan
+        handle.submit(*slow)  # so that the other can't have ended at once
+        ForeignThread(function.submit, function.arguments).join()
+        assert done.tolist() == [0]
+        while done[0] != 1:  # as a device would: nobody is asked
+            os.sched_yield()
+        assert np.isnan(request[3]).all() != ends_well
+        if ends_well:
+            assert computed(handle, *request)
+            handle.sync()
+        else:
+            with pytest.raises(ValueError, match=r"^top_k_index: token 0, slot 0 names expert 9"):
+                handle.sync()
+
+
+@pytest.mark.parametrize(
+    ("done", "error", "message"),
+    [
+        (np.zeros(2, np.int32), ValueError, "done: expected shape [1], got [2]"),
+        (np.zeros(1, np.int64), TypeError, "done: expected int32, got int64"),
+    ],
+)
+def test_word_in_memory_that_does_not_fit_is_refused(
+    done: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        make().host_function(*draw(), done)
+    assert str(caught.value) == message
 
 
 def test_first_error_is_raised_once_and_the_other_submissions_are_computed() -> None:

@@ -202,6 +202,59 @@ void test_dropped_job_is_an_error_and_keeps_its_place() {
   expect(text(queue.take_error()) == "dropped", "what is dropped is an error");
 }
 
+// As a device would: no queue is asked, only memory.
+void wait_for_done(const uint32_t& word) {
+  while (!std::atomic_ref<uint32_t>(const_cast<uint32_t&>(word)).load(std::memory_order_acquire)) {
+    std::this_thread::yield();
+  }
+}
+
+void test_word_in_memory_says_when_a_job_has_ended() {
+  kt::queue queue;
+  gate slow;
+  const rows good(6);
+  uint32_t words[3] = {7, 7, 7};
+  kt::job jobs[] = {slow.job(), good.job(2), failing("first")};
+  for (int repeat = 0; repeat < 2; ++repeat) {  // as a graph that is launched again
+    slow.begun = slow.open = false;
+    good.next = 0;
+    for (int i = 0; i < 3; ++i) {
+      jobs[i].done = &words[i];
+      queue.submit(jobs[i]);
+    }
+    slow.begun.wait(false);
+    expect(words[0] == 0 && words[1] == 0 && words[2] == 0, "no job has ended");
+    slow.let_go();
+    for (const uint32_t& word : words) wait_for_done(word);
+    for (int times : good.seen) expect(times == repeat + 1, "who reads the word sees the rows");
+    queue.wait(queue.submitted());
+    expect(text(queue.take_error()) == "first", "a job that fails has ended, too");
+  }
+}
+
+void test_word_in_memory_is_set_for_a_job_that_is_dropped_and_left_alone_then() {
+  kt::queue queue;
+  gate slow;
+  const rows dropped(4), lost(4);
+  uint32_t words[2] = {7, 7};
+  queue.submit(slow.job());
+  kt::job job = dropped.job(1);
+  job.done = &words[0];
+  const int64_t number = queue.submit(job);
+  {
+    kt::queue goes;
+    job = lost.job(1);
+    job.done = &words[1];
+    goes.submit(job);
+  }
+  queue.drop(&dropped, "dropped");
+  expect(words[0] == 1 && words[1] == 1, "nobody waits for what was dropped");
+  words[0] = 7;
+  slow.let_go();
+  queue.wait(number);
+  expect(words[0] == 7, "nobody writes to what was dropped");
+}
+
 #if !defined(__SANITIZE_THREAD__)  // ThreadSanitizer does not support threads after fork
 void test_fork() {
   kt::queue queue;
@@ -213,10 +266,13 @@ void test_fork() {
   const pid_t child = fork();
   if (child == 0) {
     const rows lost(3), fresh(3);
-    queue.submit(lost.job(1));
+    uint32_t done = 0;
+    kt::job job = lost.job(1);
+    job.done = &done;
+    queue.submit(job);
     queue.wait(number);
     queue.drop(&lost, "");
-    bool good = queue.lost_in_fork() && !queue.take_error() && lost.next == 0;
+    bool good = queue.lost_in_fork() && !queue.take_error() && lost.next == 0 && done == 1;
     {
       kt::queue own;
       own.wait(own.submit(fresh.job(1)));
@@ -253,6 +309,12 @@ void test_close() {
   stop = true;
   for (std::thread& caller : callers) caller.join();
   jobs.clear();
+  const rows refused(1);
+  uint32_t done = 0;
+  kt::job late = refused.job(1);
+  late.done = &done;
+  queue.submit(late);
+  expect(done == 1, "nobody waits for what is refused");
   queue.wait(queue.submitted());
   expect(text(queue.take_error()) ==
              "the interpreter exits: what was not computed by then was dropped",
@@ -267,6 +329,8 @@ int main() {
   test_errors_are_kept_for_who_asks();
   test_queue_may_go_with_work_in_flight();
   test_dropped_job_is_an_error_and_keeps_its_place();
+  test_word_in_memory_says_when_a_job_has_ended();
+  test_word_in_memory_is_set_for_a_job_that_is_dropped_and_left_alone_then();
 #if !defined(__SANITIZE_THREAD__)
   test_fork();
 #endif
