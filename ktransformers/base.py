@@ -103,6 +103,8 @@ class Operator(nn.Module):
     Where all attention of a model does, nobody makes masks of queries x keys for it: it gets none,
     or which keys are no padding, [B, L].
     """
+    host_children: ClassVar[Collection[str]] = ()
+    """Children that this operator gives tensors on the CPU, on whatever device it stands itself."""
 
     @classmethod
     def from_module(cls, module: nn.Module, site: Site, *args: Any, **kwargs: Any) -> Self:
@@ -114,6 +116,15 @@ class Operator(nn.Module):
         Raises ValueError with the reason where the operator cannot take this module's place.
         """
         raise NotImplementedError(f"{cls.__name__} does not define from_module")
+
+    def connect(self, operators: Mapping[str, Operator]) -> None:
+        """Find the operators that this one works with; called at the end of `plan`.
+
+        Args:
+            operators: all of the plan, by the name of the module whose place they take.
+
+        Raises ValueError where one that it needs is not there.
+        """
 
     def footprint(self) -> Footprint:
         """Say what the operator needs."""

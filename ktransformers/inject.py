@@ -16,6 +16,7 @@ import inspect
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,7 @@ def plan(
         for index, (entry, rule) in enumerate(zip(modules, claims.taken, strict=True))
         if rule is not None and index not in blocked
     ]
+    builder.connect(replacements)
     builder.report(problems)
     problems.check(cause=builder.cause)
     return Plan(weakref.ref(model), tuple(rules), tuple(replacements))
@@ -312,19 +314,36 @@ class _Builder:
         self, operator_class: type[Operator], entry: Entry, site: Site, rule: Rule
     ) -> Operator | None:
         kwargs = copy.deepcopy(dict(rule.kwargs))  # no operator sees what another changed
-        try:
+        accepted: Operator | None = None
+        with self._refusing(rule, operator_class, entry.name):
             with torch.device("meta"):
                 operator = operator_class.from_module(entry.module, site, **kwargs)
             _check_operator(operator, operator_class, entry.module)
+            operator.training = entry.module.training
+            accepted = operator
+        return accepted
+
+    def connect(self, replacements: Sequence[Replacement]) -> None:
+        """Let operators find one another, once all of them could be built."""
+        if self.refusals or any(item.operator_class and not item.operator for item in replacements):
+            return
+        built = [(item, item.operator) for item in replacements if item.operator is not None]
+        operators = {item.name: operator for item, operator in built}
+        for item, operator in built:
+            with self._refusing(item.rule, type(operator), item.name):
+                operator.connect(operators)
+
+    @contextmanager
+    def _refusing(self, rule: Rule, operator_class: type[Operator], name: str) -> Iterator[None]:
+        """Keep what an operator refuses; name the operator in whatever else goes wrong."""
+        try:
+            yield
         except (ValueError, TypeError) as error:
             self.cause = self.cause or error
-            self.refusals.setdefault((rule.index, str(error)), []).append((rule, entry.name))
-            return None
+            self.refusals.setdefault((rule.index, str(error)), []).append((rule, name))
         except Exception as error:
-            message = f"{rule.where}: {operator_class.__name__} at {entry.name} failed"
+            message = f"{rule.where}: {operator_class.__name__} at {name} failed"
             raise RuntimeError(message) from error
-        operator.training = entry.module.training
-        return operator
 
     def report(self, problems: Problems) -> None:
         """Report refusals, equal ones of a rule together."""

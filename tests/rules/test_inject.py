@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,6 +93,19 @@ class Forgetful(Operator):
     @classmethod
     def from_module(cls, module: nn.Module, site: Site) -> Self:
         return cls()
+
+
+class Sociable(Shell):
+    """Works with an operator at lm_head."""
+
+    met: tuple[str, ...] = ()
+
+    def connect(self, operators: Mapping[str, Operator]) -> None:
+        if "lm_head" not in operators:
+            raise ValueError("no operator at lm_head")
+        if isinstance(operators["lm_head"], Forgetful):
+            raise KeyError("it forgot")
+        self.met = tuple(operators)
 
 
 class Spelled(Shell):
@@ -658,6 +671,27 @@ def test_a_bug_of_an_operator_keeps_its_traceback(v3: PreTrainedModel) -> None:
         planned(v3, rule("lm_head", Buggy))
     assert isinstance(caught.value.__cause__, KeyError)
     assert snapshot(v3) == before
+
+
+def test_operators_find_one_another_at_the_end(v3: PreTrainedModel) -> None:
+    attention = rule({"name": "self_attn$", "layers": "1-2"}, Sociable)
+    names = ["model.layers.1.self_attn", "model.layers.2.self_attn", "lm_head"]
+    for rules in ([attention, rule("lm_head", Whole)], [rule("lm_head", Whole), attention]):
+        result = planned(v3, *rules, rule("norm$"))  # kept as they are: no operators
+        first = result.replacements[[item.name for item in result.replacements].index(names[0])]
+        assert isinstance(first.operator, Sociable)
+        assert list(first.operator.met) == names
+
+
+def test_operators_that_do_not_find_one_another_are_an_error(v3: PreTrainedModel) -> None:
+    attention = rule("self_attn$", Sociable)
+    assert error_of(v3, attention) == (
+        "rules[0]: Sociable at model.layers.0.self_attn (and 2 more): no operator at lm_head"
+    )
+    refusing = rule("lm_head", Whole, kwargs={"size": -1})
+    assert error_of(v3, attention, refusing) == "rules[1]: Whole at lm_head: size -1 is negative"
+    with pytest.raises(RuntimeError, match=r"Sociable at model\.layers\.0\.self_attn failed$"):
+        planned(v3, attention, rule("lm_head", Forgetful))
 
 
 def test_a_claim_inside_what_another_operator_consumes_names_both_rules(
