@@ -54,10 +54,20 @@ def chunk_size(chunk_tokens: object) -> int | None:
 
 def check_site(site: Site) -> None:
     """Refuse another device than the CPU, and activations that kernels do not take."""
-    import torch  # engine.py works without it
+    check_device(site)
+    check_dtype(site)
 
+
+def check_device(site: Site) -> None:
+    """Refuse another device than the CPU."""
     if site.device.type != "cpu":
         raise ValueError(f"computes on the CPU, but stands on {site.device}")
+
+
+def check_dtype(site: Site) -> None:
+    """Refuse activations that kernels do not take."""
+    import torch  # engine.py works without it
+
     if site.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"takes bfloat16 or float32 activations, not {site.dtype}")
 

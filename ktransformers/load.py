@@ -216,8 +216,9 @@ def _probe(model: PreTrainedModel, planned: Plan) -> float | None:
         if promised is None:
             continue
         name = replacement.site.name
-        beside = counter.by_layer.get(f"{name.rpartition('.')[0]}.experts")
-        measured = counter.by_layer.get(name, beside)
+        around = name.rpartition(".")[0]
+        places = (name, f"{around}.experts", around)
+        measured = next((counter.by_layer[p] for p in places if p in counter.by_layer), None)
         if measured != promised:
             found = "no experts module ran" if measured is None else f"experts got {measured:g}"
             errors.append(

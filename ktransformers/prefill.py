@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ktransformers.cache import LatentCache
+from ktransformers.phase import phase
 from ktransformers.progress import token_progress
 from ktransformers.stack import last_logits_of
 
@@ -60,7 +61,8 @@ def prefill(
     logits = token_ids[:, :0]
     last_logits = last_logits_of(model)
     try:
-        with torch.no_grad(), token_progress("Reading the prompt", T) as advance:
+        reading = token_progress("Reading the prompt", T)
+        with torch.no_grad(), phase("prefill"), reading as advance:
             for begin in range(0, T, chunk):
                 ids = token_ids[:, begin : begin + chunk]
                 start, end = past + begin, past + begin + ids.shape[1]

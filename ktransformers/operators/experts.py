@@ -26,20 +26,21 @@ from transformers.integrations.moe import _default_apply_gate
 from typing_extensions import Self
 
 from ktransformers import _native
-from ktransformers.base import Checkpoint, Footprint, PackedOperator, Site
+from ktransformers.base import Checkpoint, Footprint, Operator, PackedOperator, Site
 from ktransformers.checkpoint import check_finite, read_checked
 from ktransformers.cpu_options import (
-    check_site,
+    check_device,
+    check_dtype,
     chunk_size,
     thread_count,
     weight_format,
 )
 from ktransformers.gpu_options import check_gpu, gpu_device, triton_on, within_reach
+from ktransformers.host_experts import HostExperts
 from ktransformers.operators.kernels.int4_weight import Int4Format, Int4Weight, quantise
 from ktransformers.packed_weights import ExpertsWeights
 from ktransformers.placement import (
     PackedMatrices,
-    PlacedOperator,
     PlacedTensor,
     Placement,
     weight_placement,
@@ -70,7 +71,7 @@ def _check_activation(module: nn.Module, site: Site) -> None:
         raise ValueError(f"computes silu(gate) * up, but {type(module).__name__} gates its own way")
 
 
-class CpuExperts(PlacedOperator):
+class CpuExperts(HostExperts):
     """Compute a layer's routed experts on the CPU from packed weights.
 
     Buffers hold the packed weights (uint8 bytes in a layout of `csrc/`, scales in fp32, or bf16 for
@@ -138,7 +139,7 @@ class CpuExperts(PlacedOperator):
         format_name = weight_format(weight, group_size)
         count = thread_count(threads)
         placement, chunk = weight_placement(numa), chunk_size(chunk_tokens)
-        check_site(site)
+        check_dtype(site)
         _check_activation(module, site)
         return cls(
             site,
@@ -150,6 +151,13 @@ class CpuExperts(PlacedOperator):
             placement=placement,
             chunk_tokens=chunk,
         )
+
+    def connect(self, operators: Mapping[str, Operator]) -> None:
+        """Refuse another device than the CPU, unless what stands around brings tensors here."""
+        parent, _, child = self.site.name.rpartition(".")
+        around = operators.get(parent)
+        if around is None or child not in around.host_children:
+            check_device(self.site)
 
     def packed_matrices(self) -> dict[str, PackedMatrices]:
         """Name the packed integers and their scales, gate before up."""
@@ -165,7 +173,7 @@ class CpuExperts(PlacedOperator):
         weight_bytes = self.packed_bytes()
         active = min(self.site.config.num_experts_per_tok, self.num_experts)
         return Footprint(
-            device=self.site.device,
+            device=torch.device("cpu"),
             weight_bytes=weight_bytes,
             flops_per_token=active * 3 * 2 * D * F,
             bytes_read_per_token=weight_bytes // self.placement.copies // self.num_experts * active,
@@ -189,6 +197,12 @@ class CpuExperts(PlacedOperator):
             nodes=self.placement.nodes,
         )
 
+    def native_layer(self) -> _native.Experts:
+        """Return the native layer. Raises RuntimeError where weights are not loaded."""
+        if self._layer is None:
+            raise RuntimeError(self._refusal("weights are not loaded"))
+        return self._layer
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -203,11 +217,10 @@ class CpuExperts(PlacedOperator):
         Raises ValueError for wrong shapes, dtypes or indices, RuntimeError where weights are not
         loaded or a gradient is asked for.
         """
-        if self._layer is None:
-            raise RuntimeError(self._refusal("weights are not loaded"))
+        layer = self.native_layer()
         self.check_no_gradient(hidden_states, top_k_weights)
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        self._layer.forward(
+        layer.forward(
             hidden_states.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous(), out
         )
         return out

@@ -1,0 +1,339 @@
+"""Streams: work on a device in order, calls to the host within it, recorded once and run often.
+
+A `CudaStream` is torch's current stream of a GPU. Its calls to the host are plain C functions that
+the driver runs in the stream's order (`cudaLaunchHostFunc`), so that a CUDA graph holds them like
+any kernel. A `CpuStream` stands in for it where tensors are on the CPU: what is handed to it runs
+at once, in the same order, and its graphs are lists of the very operations that torch ran, on the
+same memory. What a CUDA graph can't hold, a read of a device's value by Python, its recorder
+refuses, so that code which passes here is fit for a capture there.
+
+How the host's results are waited for, and why, is in `docs/adr/0011`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import lru_cache, partial
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class HostFunction(Protocol):
+    """Two C functions, `void (*)(void*)`, which take no GIL, call no CUDA and throw nothing."""
+
+    @property
+    def submit(self) -> int:
+        """The address of the one that hands work in and waits for nothing."""
+
+    @property
+    def sync(self) -> int:
+        """The address of the one that waits for that work."""
+
+    @property
+    def arguments(self) -> int:
+        """What both are called with."""
+
+
+class Graph(ABC):
+    """Work that was recorded once, and everything that it refers to."""
+
+    def __init__(self) -> None:
+        self._checks: list[Callable[[], None]] = []
+
+    def own(self, check: Callable[[], None]) -> None:
+        """Keep what `check` refers to for as long as the graph, and call it after each replay."""
+        self._checks.append(check)
+
+    def replay(self) -> None:
+        """Do the work again and wait for it.
+
+        Raises the first error of the host's part once the whole of it has ended; what came after
+        that error has computed with garbage, and its own errors say nothing.
+        """
+        self.launch()
+        # Asks all, since an error that stayed would be the next replay's, and from the last on,
+        # since what is raised last is what comes out.
+        with ExitStack() as stack:
+            for check in self._checks:
+                stack.callback(check)
+
+    @abstractmethod
+    def launch(self) -> None:
+        """Do the work again and wait for it, whatever becomes of it."""
+
+
+class Stream(ABC):
+    """Work on a device, in order."""
+
+    device: torch.device
+    by_flag: bool
+    """Whether the host's work is waited for at a word in memory, instead of in a host function."""
+
+    @abstractmethod
+    def host_empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Return memory of the host that the device can reach, uninitialised."""
+
+    def copy_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor to memory of the host, contiguous, once the stream is there."""
+        host = self.host_empty(tensor.shape, tensor.dtype)
+        host.copy_(tensor, non_blocking=True)
+        return host
+
+    def copy_out(self, host: torch.Tensor) -> torch.Tensor:
+        """Copy memory of the host to the device, once the stream is there."""
+        out = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        return out.copy_(host, non_blocking=True)
+
+    @abstractmethod
+    def submit(self, function: HostFunction) -> None:
+        """Call `function.submit` once the stream is there."""
+
+    @abstractmethod
+    def join(self, function: HostFunction, done: torch.Tensor | None) -> None:
+        """Let what comes later in the stream wait for the work, at the word `done` if `by_flag`."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait, here, for all work so far."""
+
+    @abstractmethod
+    def capture(self) -> AbstractContextManager[Graph]:
+        """Record the work of a `with` block on this thread.
+
+        Inputs, and what the block wrote, are read and written again in place by each replay.
+        """
+
+
+class _Here(threading.local):
+    """What this thread works on."""
+
+    stream: Stream | None = None
+    graph: Graph | None = None
+
+
+_here = _Here()
+
+
+def stream_of(device: torch.device) -> Stream:
+    """Return the stream that work on a device belongs to."""
+    if _here.stream is not None and _here.stream.device == device:
+        return _here.stream
+    return CpuStream() if device.type == "cpu" else _cuda_stream(device)
+
+
+def recorded_graph() -> Graph | None:
+    """Return the graph that this thread is recording, if it is."""
+    return _here.graph
+
+
+@contextmanager
+def use(stream: Stream, graph: Graph | None = None) -> Iterator[None]:
+    """Let work of this thread on the stream's device belong to it."""
+    before = _here.stream, _here.graph
+    _here.stream, _here.graph = stream, graph
+    try:
+        yield
+    finally:
+        _here.stream, _here.graph = before
+
+
+# The CPU as a device
+
+
+class CpuStream(Stream):
+    """Runs everything at once, in the order in which it comes."""
+
+    def __init__(self, note: Callable[[str], None] | None = None, *, by_flag: bool = False):
+        """Tell `note` what is done, when it is; `by_flag` as several GPUs would have it."""
+        self.device = torch.device("cpu")
+        self.by_flag = by_flag
+        self._note = note
+
+    def host_empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """See `Stream`."""
+        return torch.empty(shape, dtype=dtype)
+
+    def copy_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Stream`."""
+        self.note("copy in")
+        return super().copy_in(tensor)
+
+    def copy_out(self, host: torch.Tensor) -> torch.Tensor:
+        """See `Stream`."""
+        self.note("copy out")
+        return super().copy_out(host)
+
+    def submit(self, function: HostFunction) -> None:
+        """See `Stream`."""
+        self.note("submit")
+        self._do(partial(_call, function.submit, function.arguments))
+
+    def join(self, function: HostFunction, done: torch.Tensor | None) -> None:
+        """See `Stream`."""
+        if done is None:
+            self._do(partial(_call, function.sync, function.arguments))
+        else:
+            self._do(partial(_wait_for_one, done.data_ptr()))
+        self.note("join")
+
+    def synchronize(self) -> None:
+        """Return: nothing is ever left to wait for."""
+
+    @contextmanager
+    def capture(self) -> Iterator[Graph]:
+        """See `Stream`; the work runs while it is recorded, too."""
+        graph = _CpuGraph()
+        with torch.no_grad(), use(self, graph), _Recorder(graph.steps):
+            yield graph
+
+    def note(self, event: str) -> None:
+        """Tell of something, now and in each replay of what is being recorded."""
+        if self._note is not None:
+            self._do(partial(self._note, event))
+
+    def _do(self, step: Callable[[], None]) -> None:
+        step()
+        if isinstance(_here.graph, _CpuGraph):
+            _here.graph.steps.append(step)
+
+
+def _call(address: int, arguments: int) -> None:
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(arguments)
+
+
+def _wait_for_one(address: int) -> None:
+    word = ctypes.c_uint32.from_address(address)
+    while word.value != 1:
+        os.sched_yield()
+
+
+class _CpuGraph(Graph):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Callable[[], None]] = []
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        for step in self.steps:
+            step()
+
+
+class _Recorder(TorchDispatchMode):
+    """Adds every operation of torch to a list."""
+
+    READS = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.equal.default,
+    )
+
+    def __init__(self, steps: list[Callable[[], None]]):
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.steps = steps
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self.READS:
+            raise RuntimeError(
+                f"{func} hands a device's value to Python while a graph is recorded: the graph "
+                "would go on with the value of now"
+            )
+        out = func(*args, **(kwargs or {}))
+        self.steps.append(partial(_again, func, args, kwargs or {}, tree_leaves(out)))
+        return out
+
+
+def _again(func: Any, args: Any, kwargs: dict[str, Any], outputs: list[Any]) -> None:
+    """Run an operation on what its arguments hold now, into its first outputs' memory."""
+    for old, new in zip(outputs, tree_leaves(func(*args, **kwargs)), strict=True):
+        # A view, or what was written in place, is there already.
+        if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+            old.copy_(new)
+
+
+# NVIDIA GPUs
+
+
+class CudaStream(Stream):
+    """Torch's current stream of a GPU."""
+
+    def __init__(self, device: torch.device):
+        """Import cuda-bindings, which nothing else needs. Raises ImportError without it."""
+        try:
+            self._runtime: Any = importlib.import_module("cuda.bindings.runtime")
+            self._driver: Any = importlib.import_module("cuda.bindings.driver")
+        except ImportError as error:
+            raise ImportError(
+                f"calls to the host in a stream of {device} need cuda-bindings: "
+                "pip install 'ktransformers[gpu]'"
+            ) from error
+        self.device = device
+        # Of several GPUs one may not wait in a host function: it could hold up another's.
+        self.by_flag = torch.cuda.device_count() > 1
+
+    def host_empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """See `Stream`; the memory is pinned."""
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def submit(self, function: HostFunction) -> None:
+        """See `Stream`."""
+        self._launch(function.submit, function.arguments)
+
+    def join(self, function: HostFunction, done: torch.Tensor | None) -> None:
+        """See `Stream`."""
+        if done is None:
+            self._launch(function.sync, function.arguments)
+            return
+        equal = self._driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ.value
+        # Pinned memory has one address for host and device.
+        self._check(self._driver.cuStreamWaitValue32(self._handle(), done.data_ptr(), 1, equal))
+
+    def synchronize(self) -> None:
+        """See `Stream`."""
+        torch.cuda.current_stream(self.device).synchronize()
+
+    @contextmanager
+    def capture(self) -> Iterator[Graph]:
+        """See `Stream`; nothing runs while it is recorded."""
+        graph = _CudaGraph(self)
+        # Relaxed: buffers of the host may be allocated while it is recorded.
+        recording = torch.cuda.graph(graph.graph, capture_error_mode="relaxed")
+        with torch.no_grad(), torch.cuda.device(self.device), use(self, graph), recording:
+            yield graph
+
+    def _launch(self, address: int, arguments: int) -> None:
+        function = self._runtime.cudaHostFn_t(address)
+        self._check(self._runtime.cudaLaunchHostFunc(self._handle(), function, arguments))
+
+    def _handle(self) -> int:
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def _check(self, result: tuple[Any]) -> None:
+        if int(result[0]) != 0:
+            raise RuntimeError(f"{self.device}: {result[0].name}")
+
+
+class _CudaGraph(Graph):
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self.stream = stream
+        self.graph = torch.cuda.CUDAGraph()
+
+    def launch(self) -> None:
+        self.graph.replay()
+        self.stream.synchronize()
+
+
+@lru_cache
+def _cuda_stream(device: torch.device) -> Stream:
+    return CudaStream(device)

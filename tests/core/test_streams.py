@@ -1,0 +1,172 @@
+"""The CPU that stands in for a GPU's stream: its graphs, and what they keep."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from ktransformers.streams import CpuStream, CudaStream, recorded_graph, stream_of, use
+
+CPU = torch.device("cpu")
+CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@dataclass
+class Callbacks:
+    """A pair of C functions that run Python, as no engine's do."""
+
+    on_submit: Callable[[], None]
+    on_sync: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self.kept = [CALLBACK(lambda _: self.on_submit()), CALLBACK(lambda _: self.on_sync())]
+        self.submit, self.sync = (
+            ctypes.cast(callback, ctypes.c_void_p).value or 0 for callback in self.kept
+        )
+        self.arguments = 0
+
+
+def test_replay_computes_with_the_inputs_of_now() -> None:
+    x, total = torch.ones(3), torch.zeros(3)
+
+    def step() -> torch.Tensor:
+        doubled = (x * 2).view(1, 3)[:, 1:]  # a view of what is computed again
+        total.add_(x)  # in place
+        return torch.cat([doubled, x[None]], dim=1)
+
+    with CpuStream().capture() as graph:
+        out = step()
+    for value in (5.0, -1.0):
+        x.fill_(value)
+        total.zero_()
+        graph.replay()
+        assert out.tolist() == [[2 * value] * 2 + [value] * 3]
+        assert total.tolist() == [value] * 3
+
+
+def test_reading_a_value_while_a_graph_is_recorded_is_refused() -> None:
+    x = torch.arange(4)
+    for read in (lambda: x[1].item(), lambda: x.nonzero(), lambda: bool(x.sum() > 3)):
+        with (
+            pytest.raises(RuntimeError, match="hands a device's value to Python while a graph is"),
+            CpuStream().capture(),
+        ):
+            read()
+    assert x[1].item() == 1
+
+
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_events_of_a_replay_are_those_of_the_first_run(by_flag: bool) -> None:
+    events: list[str] = []
+    stream = CpuStream(events.append, by_flag=by_flag)
+    done = torch.zeros(1, dtype=torch.int32) if by_flag else None
+
+    def work() -> None:
+        events.append("works")
+        if done is not None:
+            done.numpy()[0] = 1
+
+    function = Callbacks(work, lambda: events.append("waits"))
+    x = torch.ones(2)
+    with stream.capture() as graph:
+        host = stream.copy_in(x)
+        stream.submit(function)
+        out = stream.copy_out(host)
+        stream.join(function, done)
+    waits = [] if by_flag else ["waits"]
+    order = ["copy in", "submit", "works", "copy out", *waits, "join"]
+    assert events == order
+    x.fill_(3)
+    graph.replay()
+    assert events == order * 2
+    assert out.tolist() == [3, 3]
+
+
+def test_copies_are_contiguous_and_of_the_moment() -> None:
+    x = torch.arange(6.0).view(2, 3).t()
+    host = CpuStream().copy_in(x)
+    assert host.is_contiguous()
+    x.zero_()
+    assert host.tolist() == [[0, 3], [1, 4], [2, 5]]
+    out = CpuStream().copy_out(host)
+    host.zero_()
+    assert out.tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_replay_asks_every_check_and_raises_the_first_error() -> None:
+    asked = []
+
+    def check(number: int, message: str | None) -> Callable[[], None]:
+        def run() -> None:
+            asked.append(number)
+            if message is not None:
+                raise ValueError(message)
+
+        return run
+
+    with CpuStream().capture() as graph:
+        for number, message in enumerate([None, "first", None, "second"]):
+            graph.own(check(number, message))
+    with pytest.raises(ValueError, match=r"^first$"):
+        graph.replay()
+    assert sorted(asked) == [0, 1, 2, 3]
+
+
+def test_what_a_graph_refers_to_lives_as_long_as_the_graph() -> None:
+    class Thing:
+        def check(self) -> None:
+            pass
+
+    thing, x = Thing(), torch.ones(2)
+    with CpuStream().capture() as graph:
+        graph.own(thing.check)
+        y = x + 1
+    held: list[Any] = [weakref.ref(thing), weakref.ref(x), weakref.ref(y)]
+    del thing, x, y
+    gc.collect()
+    assert [reference() is None for reference in held] == [False] * 3
+    del graph
+    gc.collect()
+    assert [reference() is None for reference in held] == [True] * 3
+
+
+def test_a_stream_is_used_on_its_thread_for_its_device_and_a_while() -> None:
+    stream = CpuStream()
+    with use(stream):
+        assert stream_of(CPU) is stream
+        assert recorded_graph() is None
+        with stream.capture() as graph:
+            assert recorded_graph() is graph
+        assert recorded_graph() is None
+    assert stream_of(CPU) is not stream
+
+
+def test_recording_that_fails_leaves_no_graph_behind() -> None:
+    with pytest.raises(ZeroDivisionError), CpuStream().capture():
+        1 / 0  # noqa: B018
+    assert recorded_graph() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+def test_streams_load_no_cuda_bindings() -> None:
+    assert "ktransformers.streams" in sys.modules
+    assert "cuda.bindings" not in sys.modules
+
+
+def test_cuda_bindings_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing: Any = None
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", missing)
+    with pytest.raises(ImportError) as caught:
+        CudaStream(torch.device("cuda:0"))
+    assert str(caught.value) == (
+        "calls to the host in a stream of cuda:0 need cuda-bindings: pip install "
+        "'ktransformers[gpu]'"
+    )
