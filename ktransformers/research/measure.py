@@ -1,4 +1,5 @@
-"""Quality and speed of a model, the same way for every model: perplexity, prefill, decode.
+"""Quality and speed of a model, the same way for every model: perplexity, divergence, prefill,
+decode.
 
 Memory of weights is `ktransformers.report.bytes_by_device`, experts per token
 `ktransformers.report.count_experts`.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,17 +56,47 @@ def perplexity(model: PreTrainedModel, token_ids: torch.Tensor, *, window: int) 
 
     Raises ValueError where there is nothing to predict.
     """
+    total = 0.0  # a Python float is fp64
+    for piece in _windows("perplexity", token_ids, window):
+        piece = piece.to(model.device)
+        loss = nn.functional.cross_entropy(_logits(model, piece), piece[1:], reduction="sum")
+        total += loss.item()
+    return math.exp(total / (len(token_ids) - 1))
+
+
+@torch.no_grad()
+def divergence(
+    model: PreTrainedModel, reference: PreTrainedModel, token_ids: torch.Tensor, *, window: int
+) -> float:
+    """Return how far predictions of a model are from a reference's: mean KL divergence, in nats.
+
+    That is the mean over all predictions of sum over v of p(v) * (log p(v) - log q(v)), where p is
+    the reference's and q the model's. 0 where both predict the same; the arguments are those of
+    `perplexity`.
+    """
+    total = 0.0
+    for piece in _windows("divergence", token_ids, window):
+        q, p = (_logits(of, piece).double().log_softmax(-1).cpu() for of in (model, reference))
+        total += nn.functional.kl_div(q, p, reduction="sum", log_target=True).item()
+    return total / (len(token_ids) - 1)
+
+
+def _windows(what: str, token_ids: torch.Tensor, window: int) -> Iterator[torch.Tensor]:
+    """Yield a window and the token after it at a time."""
     if token_ids.ndim != 1 or len(token_ids) < 2 or window < 1:
         raise ValueError(
-            f"perplexity of tokens {tuple(token_ids.shape)} in windows of {window}: expected at "
+            f"{what} of tokens {tuple(token_ids.shape)} in windows of {window}: expected at "
             "least two tokens, [N], and a window of at least one"
         )
-    total = 0.0  # a Python float is fp64
     for start in range(0, len(token_ids) - 1, window):
-        piece = token_ids[start : start + window + 1].to(model.device)
-        logits = model(input_ids=piece[None, :-1], use_cache=False).logits[0]
-        total += nn.functional.cross_entropy(logits.float(), piece[1:], reduction="sum").item()
-    return math.exp(total / (len(token_ids) - 1))
+        yield token_ids[start : start + window + 1]
+
+
+def _logits(model: PreTrainedModel, piece: torch.Tensor) -> torch.Tensor:
+    """Return the logits of all tokens but the first, in fp32."""
+    input_ids = piece[None, :-1].to(model.device)
+    logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits[0]
+    return logits.float()
 
 
 def prefill_speed(

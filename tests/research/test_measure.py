@@ -8,7 +8,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ktransformers.research.measure import Speed, decode_speed, perplexity, prefill_speed
+from ktransformers.research.measure import (
+    Speed,
+    decode_speed,
+    divergence,
+    perplexity,
+    prefill_speed,
+)
 from tiny_models import random_model, v3_config
 
 TOKEN_IDS = torch.arange(23) * 5 % 96
@@ -60,6 +66,22 @@ def test_perplexity_of_nothing_is_an_error(
     assert str(raised.value) == (
         f"{message}: expected at least two tokens, [N], and a window of at least one"
     )
+
+
+def test_divergence_is_that_of_an_obvious_loop() -> None:
+    model, reference = random_model(v3_config()), random_model(v3_config(), seed=1)
+    total = 0.0
+    for start in range(0, 22, 8):
+        piece = TOKEN_IDS[None, start : min(start + 8, 22)]
+        with torch.no_grad():
+            q, p = (
+                m(piece, use_cache=False).logits[0].double().softmax(-1) for m in (model, reference)
+            )
+        total += sum(float((p[t] * (p[t] / q[t]).log()).sum()) for t in range(len(p)))
+    assert divergence(model, reference, TOKEN_IDS, window=8) == pytest.approx(total / 22, rel=1e-6)
+    assert divergence(model, model, TOKEN_IDS, window=8) == 0
+    with pytest.raises(ValueError, match=r"^divergence of tokens \(1,\) in windows of 8: expected"):
+        divergence(model, model, TOKEN_IDS[:1], window=8)
 
 
 def test_models_take_turns_after_a_warm_up() -> None:
