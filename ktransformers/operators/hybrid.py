@@ -111,6 +111,13 @@ class HybridMoE(Operator):
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Read none."""
 
+    def check_machine(self) -> None:
+        """Refuse a GPU whose stream can't call the CPU, for want of cuda-bindings."""
+        try:
+            stream_of(self.site.device)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+
     def watch_routing(self, record: Callable[[int, torch.Tensor], None] | None) -> None:
         """Report the router's choice: the module of the experts is not called."""
         self._record = record

@@ -6,6 +6,7 @@ The CPU stands in for the GPU. What of this needs a real one is in tests/gpu/tes
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, Static
 from ktransformers import optimize_and_load
 from ktransformers.decode_graph import DecodeGraph
 from ktransformers.inject import plan
+from ktransformers.machine import check_machine
 from ktransformers.operators.hybrid import HybridMoE
 from ktransformers.rules import RuleError, load_rules
 from ktransformers.streams import CpuStream, use
@@ -350,6 +352,21 @@ def test_experts_of_a_model_on_another_device_need_the_operator_around_them() ->
     plan(model, load_rules(hybrid()), device=gpu)
     with pytest.raises(RuleError, match="computes on the CPU, but stands on cuda:0"):
         plan(model, load_rules(EXPERTS), device=gpu)
+
+
+def test_cuda_bindings_that_are_missing_are_named_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    missing: Any = None
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", missing)
+    planned = plan(random_model(v3_config()), load_rules(hybrid()), device=torch.device("cuda:0"))
+    with pytest.raises(RuleError) as caught:
+        check_machine(planned)
+    assert str(caught.value) == (
+        "rules[0]: HybridMoE at model.layers.1.mlp (and 1 more): calls to the host in a stream of "
+        "cuda:0 need cuda-bindings: pip install 'ktransformers[gpu]'"
+    )
+    check_machine(plan(random_model(v3_config()), load_rules(hybrid())))
 
 
 # Deferral
