@@ -7,7 +7,7 @@ at once, in the same order, and its graphs are lists of the very operations that
 same memory. What a CUDA graph can't hold, a read of a device's value by Python, its recorder
 refuses, so that code which passes here is fit for a capture there.
 
-How the host's results are waited for, and why, is in `docs/adr/0011`.
+How the host's results are waited for, and why, is in `docs/adr/0012`.
 """
 
 from __future__ import annotations
