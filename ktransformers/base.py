@@ -106,6 +106,9 @@ class Operator(nn.Module):
     host_children: ClassVar[Collection[str]] = ()
     """Children that this operator gives tensors on the CPU, on whatever device it stands itself."""
 
+    cache_format: str | None = None
+    """What attention was planned to cache latents in; None leaves it to whoever makes the cache."""
+
     @classmethod
     def from_module(cls, module: nn.Module, site: Site, *args: Any, **kwargs: Any) -> Self:
         """Build the operator for `module`, with every tensor on the meta device.

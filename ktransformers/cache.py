@@ -2,10 +2,16 @@
 
 An ordinary transformers `Cache`: `generate` in all its modes takes it, with our attention, which
 reads the pages in place, or with transformers' own, which gets the latents gathered. Values are
-kept in bf16, in fp32, or the latent in int8 with a scale per token beside a rope part in bf16.
+kept in bf16, in fp32, or the latent in int8, on a GPU in fp8, with a scale per token beside a rope
+part in bf16.
 
-Memory for the limit is reserved as addresses alone: the system gives it page by page, as tokens
-come. Whoever asks for more than the limit is told so before any layer works.
+A layer's pages lie on the device of the latents that come. Memory for the limit is reserved there:
+on the CPU as addresses alone, which the system fills page by page, as tokens come; on a GPU at
+once. Whoever asks for more than the limit is told so before any layer works.
+
+**CUDA graphs.** What attention reads, the pages, their table and the lengths, stays at its
+addresses and is changed in place, while batch and limit stay. So a step that was recorded after
+`make_room_in_all(B, T)` is replayed after another: nothing inside needs the host.
 
 Shape suffixes: B sequences, T new tokens, L cached tokens, C kv_lora_rank, R qk_rope_head_dim, P
 pages.
@@ -24,19 +30,21 @@ import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from ktransformers import _native
+from ktransformers.base import Operator
 from ktransformers.cache_pages import PAGE_TOKENS, PageTable
+from ktransformers.cache_rounding import check_format, quantised
 
 __all__ = ["Format", "LatentCache", "LatentPages", "check_fits"]
 
-Format = Literal["bf16", "fp32", "int8"]
+Format = Literal["bf16", "fp32", "int8", "fp8"]
 DTYPES = {  # of the latent, and of the rope part
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp32": (torch.float32, torch.float32),
     "int8": (torch.int8, torch.bfloat16),
+    "fp8": (torch.float8_e4m3fn, torch.bfloat16),
 }
+SCALED = ("int8", "fp8")
 LayerTensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # latent, scale, rope
-ROW_MULTIPLE = 64  # quantize_rows pads its rows to so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +52,29 @@ class LatentPages:
     """What attention reads of one layer; token i of a sequence is row i % page of its page."""
 
     latent: torch.Tensor  # [P, page, C]
-    scale: torch.Tensor | None  # fp32 [P, page], of an int8 latent
+    scale: torch.Tensor | None  # fp32 [P, page], of an int8 or fp8 latent
     rope: torch.Tensor  # [P, page, R]
     block_table: torch.Tensor  # int32 [B, pages of a sequence]
     lengths: torch.Tensor  # int32 [B]: cached tokens, the new ones included
 
     @classmethod
-    def of_sequences(cls, latent: torch.Tensor, rope: torch.Tensor, length: int) -> LatentPages:
-        """Take the first `length` rows of [B, >= L, C] and [B, >= L, R], a page per sequence."""
-        B = latent.shape[0]
-        table = torch.arange(B, dtype=torch.int32)[:, None]
-        lengths = torch.full((B,), length, dtype=torch.int32)
+    def of_sequences(
+        cls, latent: torch.Tensor, rope: torch.Tensor, length: int, page: int | None = None
+    ) -> LatentPages:
+        """Take the first `length` rows of [B, >= L, C] and [B, >= L, R].
+
+        In one page per sequence, which is no copy, or in pages of so many tokens.
+        """
+        B, each, device = latent.shape[0], 1, latent.device
+        if page is not None:
+            each = -(-length // page)
+            rest = (0, 0, 0, each * page - length)
+            latent, rope = (
+                torch.nn.functional.pad(rows[:, :length], rest).reshape(B * each, page, -1)
+                for rows in (latent, rope)
+            )
+        table = torch.arange(B * each, dtype=torch.int32, device=device).view(B, each)
+        lengths = torch.full((B,), length, dtype=torch.int32, device=device)
         return cls(latent.contiguous(), None, rope.contiguous(), table, lengths)
 
 
@@ -67,12 +87,13 @@ class LatentLayer(CacheLayerMixin):
     def __init__(self, table: PageTable, C: int, R: int, max_tokens: int, format: Format) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers'
         self.table = table
+        self.format = format
         self.max_tokens = max_tokens
         self.length = 0
         self.reserved = 0  # pages
         latent, rope = DTYPES[format]
         self.latent = torch.empty(0, PAGE_TOKENS, C, dtype=latent)
-        self.scale = torch.empty(0, PAGE_TOKENS) if format == "int8" else None
+        self.scale = torch.empty(0, PAGE_TOKENS) if format in SCALED else None
         self.rope = torch.empty(0, PAGE_TOKENS, R, dtype=rope)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -82,29 +103,46 @@ class LatentLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Reserve memory for the limit."""
-        self.reserve()
+        self.reserve(key_states.device)
 
-    def reserve(self) -> None:
-        """Have room for all sequences at the limit; what was there stays."""
-        pages = self.table.batch * -(-self.max_tokens // PAGE_TOKENS)
-        if self.reserved >= pages:
+    @property
+    def device(self) -> torch.device:
+        """Where the values lie."""
+        return self.latent.device
+
+    def reserve(self, device: torch.device | None = None) -> None:
+        """Have room for all sequences at the limit, on a device if one is given.
+
+        What was there stays, or moves. Raises ValueError where the format can't be on that
+        device, MemoryError where there is no room.
+        """
+        device = self.device if device is None else device
+        pages = self.table.batch * self.pages_each()
+        if self.reserved >= pages and self.device == device:
             return
+        check_format(self.format, device)
+        pages = max(pages, self.reserved)
         for name, old in self.tensors().items():
             shape = (pages, *old.shape[1:])
             try:
                 with torch.inference_mode(False):  # it may outlive that mode, and be written to
-                    new = torch.empty(shape, dtype=old.dtype)
+                    new = torch.empty(shape, dtype=old.dtype, device=device)
             except RuntimeError as error:
                 raise MemoryError(
-                    f"the system refuses {math.prod(shape) * old.itemsize:,} bytes for a layer of "
-                    f"a cache of {self.table.batch:,} x {self.max_tokens:,} tokens; lower "
-                    "max_tokens (--cache_lens)"
+                    f"{'the system' if device.type == 'cpu' else device} refuses "
+                    f"{math.prod(shape) * old.itemsize:,} bytes for a layer of a cache of "
+                    f"{self.table.batch:,} x {self.max_tokens:,} tokens; lower max_tokens "
+                    "(--cache_lens)"
                 ) from error
             used = min(self.table.top, len(old))
             new[:used] = old[:used]
             setattr(self, name, new)
         self.reserved = pages
         self.is_initialized = True
+
+    def pages_each(self) -> int:
+        """Return the pages of a sequence at the limit."""
+        return -(-self.max_tokens // PAGE_TOKENS)
 
     def append(self, latent: torch.Tensor, rope: torch.Tensor) -> LatentPages:
         """Cache new tokens, latent [B, T, C] and rope [B, T, R], and return all there are.
@@ -113,12 +151,13 @@ class LatentLayer(CacheLayerMixin):
         """
         B, T, C = latent.shape
         begin, end = self.length, self.length + T
-        slots = self.table.indexes(begin, end)
+        slots = self.table.indexes(begin, end).to(self.device)
         rows = latent.detach().reshape(B * T, C)
         if self.scale is not None:
-            rows, scale = _quantised(rows)
+            rows, scale = quantised(rows, self.latent.dtype)
             self.scale.view(-1).index_copy_(0, slots, scale)
-        self.latent.view(-1, C).index_copy_(0, slots, rows.to(self.latent.dtype))
+        rows = rows.to(self.latent.dtype)
+        _movable(self.latent.view(-1, C)).index_copy_(0, slots, _movable(rows))
         rope_rows = rope.detach().reshape(B * T, rope.shape[-1]).to(self.rope.dtype)
         self.rope.view(-1, rope.shape[-1]).index_copy_(0, slots, rope_rows)
         self.length = end
@@ -126,16 +165,16 @@ class LatentLayer(CacheLayerMixin):
 
     def pages(self, new: int = 0) -> LatentPages:
         """Return what attention reads, with room for new tokens that are reserved."""
-        table, lengths = self.table.tensor(), self.table.lengths(self.length + new)
-        return LatentPages(self.latent, self.scale, self.rope, table, lengths)
+        table = self.table.on(self.device, self.pages_each(), self.length + new)
+        return LatentPages(self.latent, self.scale, self.rope, table.block_table, table.lengths)
 
     def gather(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all cached tokens, latent [B, 1, L, C] and rope [B, 1, L, R]."""
-        slots = self.table.indexes(0, self.length)
+        slots = self.table.indexes(0, self.length).to(self.device)
         shape = (self.table.batch, 1, self.length, -1)
         latent = self.latent.view(-1, self.latent.shape[-1])[slots]
         if self.scale is not None:
-            latent = latent * self.scale.view(-1)[slots, None]  # in fp32
+            latent = latent.float() * self.scale.view(-1)[slots, None]
         latent = latent.to(dtype)
         rope = self.rope.view(-1, self.rope.shape[-1])[slots].to(dtype)
         return latent.view(shape), rope.view(shape)
@@ -184,15 +223,9 @@ def check_fits(length: int, max_tokens: int) -> None:
         )
 
 
-def _quantised(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise each row symmetrically: int8 [*, C] and scales [*]."""
-    m, C = rows.shape
-    q = torch.empty(m, -(-C // ROW_MULTIPLE) * ROW_MULTIPLE, dtype=torch.int8)
-    scale, total = torch.empty(m), torch.empty(m, dtype=torch.int32)
-    if rows.dtype == torch.float16:
-        rows = rows.float()
-    _native.quantize_rows(rows.contiguous(), q, scale, total)
-    return q[:, :C], scale
+def _movable(values: torch.Tensor) -> torch.Tensor:
+    """Return a view of what torch can move: it does not index all kinds of fp8 everywhere."""
+    return values.view(torch.uint8) if values.itemsize == 1 else values
 
 
 class LatentCache(Cache):
@@ -223,7 +256,7 @@ class LatentCache(Cache):
         exact: Format = "bf16" if config.dtype == torch.bfloat16 else "fp32"
         self.format: Format = exact if format is None else format
         if self.format not in get_args(Format):
-            raise ValueError(f"format {format!r} is not supported (expected bf16, fp32, int8)")
+            raise ValueError(f"format {format!r} is not supported (expected bf16, fp32, int8, fp8)")
         self.max_tokens = max_tokens
         self.table = PageTable()
         self._token_ids = torch.empty(0, 0, dtype=torch.long)
@@ -240,9 +273,16 @@ class LatentCache(Cache):
     def for_model(
         cls, model: PreTrainedModel, max_tokens: int, format: Format | None = None
     ) -> LatentCache:
-        """Make a cache in the model's own precision, if no format is given."""
+        """Make a cache in the format given, or that its attention was planned for, or exact.
+
+        Raises ValueError where layers were planned for different ones.
+        """
         exact: Format = "bf16" if model.dtype == torch.bfloat16 else "fp32"
-        return cls(model.config, max_tokens, format or exact)
+        operators = (module for module in model.modules() if isinstance(module, Operator))
+        planned = sorted({each.cache_format for each in operators if each.cache_format})
+        if format is None and len(planned) > 1:
+            raise ValueError(f"layers were planned for caches in {', '.join(planned)}: pass format")
+        return cls(model.config, max_tokens, format or (planned[0] if planned else exact))  # type: ignore[arg-type]  # what is none, the next line refuses
 
     @property
     def nbytes(self) -> int:
@@ -264,15 +304,18 @@ class LatentCache(Cache):
         Raises ValueError where they do not fit, come for another number of sequences, or are of
         another model.
         """
-        self._prepare(layer_idx, latent.shape, rope.shape[-1])
+        self._prepare(layer_idx, latent.shape, rope.shape[-1], latent.device)
         return self.layers[layer_idx].append(latent, rope)
 
-    def make_room(self, layer_idx: int, B: int, T: int, C: int, R: int) -> LatentPages:
+    def make_room(
+        self, layer_idx: int, B: int, T: int, C: int, R: int, device: torch.device | None = None
+    ) -> LatentPages:
         """Return where to write T new tokens of a layer: the last of each sequence.
 
-        They count as cached once `wrote` says so. Raises ValueError as `append` does.
+        On a device, if one is given, or where the layer is. They count as cached once `wrote` says
+        so. Raises ValueError as `append` does.
         """
-        self._prepare(layer_idx, (B, T, C), R)
+        self._prepare(layer_idx, (B, T, C), R, device)
         return self.layers[layer_idx].pages(new=T)
 
     def wrote(self, layer_idx: int, T: int) -> None:
@@ -290,6 +333,8 @@ class LatentCache(Cache):
         for layer in self.layers:
             assert layer.length == self.layers[0].length
             layer.reserve()
+            if layer.device != first.latent.device:
+                layer.pages(new=T)
         return [(layer.latent, layer.scale, layer.rope) for layer in self.layers], first
 
     def update(
@@ -302,10 +347,12 @@ class LatentCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache latents [B, 1, T, C] and rope parts [B, 1, T, R]; return all, contiguous."""
         B, _, T, C = key_states.shape
-        self._prepare(layer_idx, (B, T, C), value_states.shape[-1])
+        self._prepare(layer_idx, (B, T, C), value_states.shape[-1], key_states.device)
         return super().update(key_states, value_states, layer_idx)
 
-    def _prepare(self, layer_idx: int, latent: Sequence[int], R: int) -> None:
+    def _prepare(
+        self, layer_idx: int, latent: Sequence[int], R: int, device: torch.device | None
+    ) -> None:
         """Have pages for new tokens in every sequence, of shapes [B, T, C] and [B, T, R]."""
         B, T, C = latent
         self._check_sizes(max(layer_idx + 1, len(self.layers)), C, R)
@@ -313,7 +360,7 @@ class LatentCache(Cache):
         self.check_request(B, layer.length + T)
         if self.table.batch != B:
             self.table.start(B)
-        layer.reserve()
+        layer.reserve(device)
         copies = self.table.reserve(layer.length, layer.length + T)
         if copies:
             source, target = torch.tensor(copies).unbind(1)
@@ -321,7 +368,7 @@ class LatentCache(Cache):
                 if each.is_initialized:
                     each.reserve()
                     for tensor in each.tensors().values():
-                        tensor[target] = tensor[source]
+                        _movable(tensor)[target] = _movable(tensor)[source]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out who filled this: a weak reference can't be pickled."""

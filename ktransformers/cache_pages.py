@@ -18,17 +18,41 @@ import torch
 PAGE_TOKENS = 64  # a tile of keys in csrc/mla; at 576 bf16 values it is 72 KiB of a layer
 
 
+class TableCopy:
+    """What kernels on one device read of a table, for so many pages of each sequence.
+
+    It is changed in place, so that a CUDA graph that has recorded a call sees every change.
+    """
+
+    def __init__(self, batch: int, pages: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # it may outlive that mode, and be written to
+            self.block_table = torch.zeros(batch, pages, dtype=torch.int32, device=device)
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._shown: tuple[int, int] | None = None  # the table's version, and a length
+
+    def show(self, table: PageTable, length: int) -> None:
+        """Hold what the table says, and a length for every sequence; touch no more than differs."""
+        version, old = self._shown or (-1, -1)
+        if version != table.version:
+            rows = table.tensor()
+            self.block_table[:, : rows.shape[1]] = rows.to(self.block_table.device)
+        if old != length:
+            self.lengths.fill_(length)
+        self._shown = table.version, length
+
+
 class PageTable:
     """The pages of each sequence, in order."""
 
     def __init__(self) -> None:
         self.rows: list[list[int]] = []
         self.top = 0  # every page in use lies below
+        self.version = 0  # counts changes
         self._holders: Counter[int] = Counter()
         self._free: list[int] = []  # a heap, of pages below top
         self._indexes: tuple[tuple[int, int], torch.Tensor] | None = None
         self._tensor: torch.Tensor | None = None
-        self._lengths: tuple[int, torch.Tensor] | None = None
+        self._copies: dict[torch.device, TableCopy] = {}
 
     @property
     def batch(self) -> int:
@@ -85,11 +109,13 @@ class PageTable:
             self._tensor = torch.tensor(self.rows, dtype=torch.int32)
         return self._tensor
 
-    def lengths(self, length: int) -> torch.Tensor:
-        """Return a length for each sequence, int32 [B]; all layers ask for the same."""
-        if self._lengths is None or self._lengths[0] != length:
-            self._lengths = length, torch.full((self.batch,), length, dtype=torch.int32)
-        return self._lengths[1]
+    def on(self, device: torch.device, pages: int, length: int) -> TableCopy:
+        """Return the copy on a device, up to date; the same one while batch and `pages` stay."""
+        copy = self._copies.get(device)
+        if copy is None or copy.block_table.shape != (self.batch, pages):
+            copy = self._copies[device] = TableCopy(self.batch, pages, device)
+        copy.show(self, length)
+        return copy
 
     def indexes(self, begin: int, end: int) -> torch.Tensor:
         """Return where tokens lie in the pool of all tokens, int64 [B * T]."""
@@ -112,4 +138,5 @@ class PageTable:
             heapq.heappush(self._free, page)
 
     def _changed(self) -> None:
-        self._tensor = self._indexes = self._lengths = None
+        self._tensor = self._indexes = None
+        self.version += 1

@@ -48,6 +48,7 @@ class KvFormat(str, Enum):
     auto = "auto"
     bf16 = "bf16"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 USER_ERROR = 2  # exit codes
