@@ -42,19 +42,26 @@ def check_gpu(device: torch.device) -> None:
     """Raise ValueError, in a sentence, where this machine cannot run kernels on the device."""
     if find_spec("triton") is None:
         raise ValueError("needs Triton, which is not installed: pip install 'ktransformers[gpu]'")
+    check_present(device)
     if device.type == "cpu":
         return
-    if not torch.cuda.is_available():
-        raise ValueError(f"needs a GPU, {device}, and torch {torch.__version__} finds none here")
-    count = torch.cuda.device_count()
-    if device.index >= count:
-        raise ValueError(f"needs {device}, but the last GPU here is cuda:{count - 1}")
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < LEAST_CAPABILITY:
         raise ValueError(
             f"needs a GPU of compute capability 8.0 or later, but {device} is a "
             f"{torch.cuda.get_device_name(device)} with {'.'.join(map(str, capability))}"
         )
+
+
+def check_present(device: torch.device) -> None:
+    """Raise ValueError, in a sentence, where this machine has no such GPU."""
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(f"needs a GPU, {device}, and torch {torch.__version__} finds none here")
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise ValueError(f"needs {device}, but the last GPU here is cuda:{count - 1}")
 
 
 def within_reach(device: torch.device) -> torch.device:

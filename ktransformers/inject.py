@@ -25,6 +25,7 @@ from torch import nn
 
 from ktransformers.base import Operator, Site
 from ktransformers.claims import LAYER, Claims, Entry, claim, import_path, list_modules
+from ktransformers.devices import kept_device
 from ktransformers.rule_file import Problems, nearest
 from ktransformers.rules import Rule, format_layers
 
@@ -54,6 +55,11 @@ class Plan:
         """Return the modules that `rule` takes."""
         return [item.name for item in self.replacements if item.rule is rule]
 
+    def kept_on(self) -> dict[str, torch.device]:
+        """Return the modules that rules keep on a device, outer before inner."""
+        kept = (item for item in self.replacements if item.operator_class is None)
+        return {item.name: item.site.device for item in kept if "device" in item.kwargs}
+
     def rule_of(self) -> dict[str, Rule]:
         """Return the rule that takes it, for every module that is taken."""
         return {item.name: item.rule for item in self.replacements}
@@ -78,9 +84,12 @@ def plan(
     claims = claim(rules, modules, problems)
     blocked = _check_nesting(claims, targets, modules, problems)
     blocked |= _check_shared(claims, targets, modules, problems)
-    builder = _Builder(model, dtype, device, targets)
+    builder = _Builder(model, dtype, targets)
+    if device is not None:
+        builder.device = device
+    devices = _devices(claims, modules, builder.device, problems)
     replacements = [
-        builder.replacement(entry, rule)
+        builder.replacement(entry, rule, devices[index])
         for index, (entry, rule) in enumerate(zip(modules, claims.taken, strict=True))
         if rule is not None and index not in blocked
     ]
@@ -122,10 +131,9 @@ def format_replacements(plan: Plan) -> list[str]:
 def _format_group(pattern: str, items: Sequence[Replacement]) -> str:
     first = items[0]
     name = pattern.replace("{}", _format_numbers([item.site.layer for item in items]))
-    operator = "default"
-    if first.operator_class is not None:
-        kwargs = ", ".join(f"{key}={value}" for key, value in first.kwargs.items())
-        operator = f"{first.operator_class.__name__}({kwargs})"
+    operator = "default" if first.operator_class is None else first.operator_class.__name__
+    if first.operator_class is not None or first.kwargs:
+        operator += f"({', '.join(f'{key}={value}' for key, value in first.kwargs.items())})"
     count = f"{len(items):,} module{'' if len(items) == 1 else 's'}"
     return f"{name}: {first.module_class} -> {operator}  [{first.rule.where}, {count}]"
 
@@ -271,6 +279,24 @@ def _check_shared(
     return shared
 
 
+def _devices(
+    claims: Claims, modules: Sequence[Entry], device: torch.device, problems: Problems
+) -> list[torch.device]:
+    """Return where each module stands: where a rule keeps it or what is around it, or `device`."""
+    kept: dict[int, torch.device | None] = {}  # by rule
+    devices: list[torch.device] = []
+    for index, rule in enumerate(claims.taken):
+        around = devices[modules[index].parent] if index else device
+        if rule is not None and rule.class_path is None and rule.index not in kept:
+            try:
+                kept[rule.index] = kept_device(rule.kwargs)
+            except ValueError as error:
+                kept[rule.index] = None
+                problems.add(rule.place("replace.kwargs.device"), str(error))
+        devices.append((None if rule is None else kept.get(rule.index)) or around)
+    return devices
+
+
 def _more(items: Sequence[Any]) -> str:
     return f" (and {len(items) - 1:,} more)" if len(items) > 1 else ""
 
@@ -285,23 +311,20 @@ class _Builder:
         self,
         model: nn.Module,
         dtype: torch.dtype | None,
-        device: torch.device | None,
         targets: Mapping[int, _Target | None],
     ) -> None:
         tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         self.config = getattr(model, "config", None)
         self.dtype = tensor.dtype if dtype is None else dtype
         self.device = torch.device("cpu") if tensor.is_meta else tensor.device
-        if device is not None:
-            self.device = device
         self.targets = targets
         self.refusals: dict[tuple[int, str], list[tuple[Rule, str]]] = {}  # by rule and reason
         self.cause: Exception | None = None
 
-    def replacement(self, entry: Entry, rule: Rule) -> Replacement:
+    def replacement(self, entry: Entry, rule: Rule, device: torch.device) -> Replacement:
         """Return the swap, without an operator where that refuses."""
         where = f"{rule.where}: rule {rule.index}"
-        site = Site(entry.name, entry.layer, self.config, self.dtype, self.device, where)
+        site = Site(entry.name, entry.layer, self.config, self.dtype, device, where)
         target = self.targets[rule.index]
         operator_class = operator = None
         if target is not None:

@@ -30,6 +30,7 @@ from transformers import (
 from ktransformers.base import Checkpoint, Operator, PackedOperator
 from ktransformers.cache import LatentCache, check_fits
 from ktransformers.checkpoint import open_checkpoint
+from ktransformers.devices import keep_on
 from ktransformers.hub import resolve_model
 from ktransformers.inject import Plan, apply, format_replacements, plan
 from ktransformers.last_position import last_position_only
@@ -101,6 +102,7 @@ def optimize_and_load(
         else:
             left = packed.rest_of(reading)
             load_weights(skeleton, planned, source, left, packed.fill)
+        keep_on(skeleton, planned.kept_on())
         experts_per_token = _probe(skeleton, planned)
     except BaseException as error:
         _make_unusable(skeleton, error)

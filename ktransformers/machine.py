@@ -5,24 +5,27 @@
 
 from __future__ import annotations
 
+from ktransformers.gpu_options import check_present
 from ktransformers.inject import Plan, Replacement
 from ktransformers.rule_file import Problems
 
 
 def check_machine(planned: Plan) -> None:
-    """Raise RuleError for all operators that cannot run here, equal reasons of a rule together."""
+    """Raise RuleError for all that cannot run or stand here, equal reasons of a rule together."""
     refusals: dict[tuple[int, str], list[Replacement]] = {}
     for item in planned.replacements:
-        if item.operator is None:
-            continue
         try:
-            item.operator.check_machine()
+            if item.operator is not None:
+                item.operator.check_machine()
+            elif item.operator_class is None:
+                check_present(item.site.device)
         except ValueError as error:
             refusals.setdefault((item.rule.index, str(error)), []).append(item)
     problems = Problems()
     for (_, reason), items in refusals.items():
         first = items[0]
         more = f" (and {len(items) - 1:,} more)" if len(items) > 1 else ""
-        text = f"{type(first.operator).__name__} at {first.name}{more}: {reason}"
+        what = "default" if first.operator is None else type(first.operator).__name__
+        text = f"{what} at {first.name}{more}: {reason}"
         problems.add(first.rule.place(""), text)
     problems.check()

@@ -206,8 +206,9 @@ class _RuleForm(Form):
         text = self.text(node, "replace.class")
         if text == "default":
             for key, value in kwargs.items():
-                message = "class: default keeps the module as it is and takes no kwargs"
-                self.wrong(value, f"replace.kwargs.{key}", message)
+                if key != "device":
+                    message = "class: default keeps the module and takes device alone"
+                    self.wrong(value, f"replace.kwargs.{key}", message)
             return None
         if text is not None and not (_is_dotted(text) and "." in text):
             expected = "default, or an import path such as package.module.Class"

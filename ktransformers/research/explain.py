@@ -93,19 +93,24 @@ class _Tree:
 
     def __init__(self, model: PreTrainedModel, replacements: Mapping[str, Replacement]):
         self.config = model.config
-        self.device = "cpu"  # where unpacked weights of a model on the meta device go
         self.replacements = replacements
         self.counted: set[int] = set()
 
-    def node(self, name: str, module: nn.Module) -> _Node:
+    def node(self, name: str, module: nn.Module, device: str = "cpu") -> _Node:
+        """Describe a module that stands on a device; on the meta device that means where it will.
+
+        What a rule keeps on a device is there with all beneath it.
+        """
         replacement = self.replacements.get(name)
         operator = None if replacement is None else replacement.operator
+        if replacement is not None and "device" in replacement.kwargs and operator is None:
+            device = str(replacement.site.device)
         children = tuple(
-            (child, self.node(f"{name}.{child}" if name else child, below))
+            (child, self.node(f"{name}.{child}" if name else child, below, device))
             for child, below in module.named_children()
             if operator is None or _is_kept(operator, child)
         )
-        costs = dict(self._own_costs(module, operator))
+        costs = dict(self._own_costs(module, operator, device))
         if name.endswith(".experts"):
             costs = {device: self._reduced(cost, name) for device, cost in costs.items()}
         for device, cost in chain.from_iterable(below.costs.items() for _, below in children):
@@ -133,7 +138,7 @@ class _Tree:
         read = int(cost.bytes_read_per_token * share)
         return Cost(cost.weight_bytes, flops, read)
 
-    def _own_costs(self, module: nn.Module, operator: Operator | None) -> Costs:
+    def _own_costs(self, module: nn.Module, operator: Operator | None, device: str) -> Costs:
         """Return what a module needs without its children, or an operator and what it consumes."""
         if operator is not None:
             need = operator.footprint()
@@ -142,7 +147,7 @@ class _Tree:
         total = Cost()
         for tensor in chain(module.parameters(recurse=False), _persistent_buffers(module)):
             total += self._tensor_cost(module, tensor)
-        return {self.device: total} if total != Cost() else {}
+        return {device: total} if total != Cost() else {}
 
     def _tensor_cost(self, module: nn.Module, tensor: torch.Tensor) -> Cost:
         weight_bytes = 0 if id(tensor) in self.counted else tensor.nbytes

@@ -76,8 +76,9 @@ def test_a_pipe_that_is_closed_early_ends_it_quietly() -> None:
 
 
 SHIPPED = (
-    "shipped: deepseek-v2-cpu-int4, deepseek-v2-cpu-int8, deepseek-v3-cpu-int4, "
-    "deepseek-v3-cpu-int8, tiny-cpu-int4, tiny-cpu-int8"
+    "shipped: deepseek-v2-cpu-int4, deepseek-v2-cpu-int8, deepseek-v2-gpu-cpu-int8, "
+    "deepseek-v3-cpu-int4, deepseek-v3-cpu-int8, deepseek-v3-gpu-cpu-int8, tiny-cpu-int4, "
+    "tiny-cpu-int8"
 )
 
 

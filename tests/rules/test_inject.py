@@ -964,7 +964,7 @@ def test_the_examples_of_the_guide_do_what_it_says(
     text = (DOCS / "rules.md").read_text()
     model = meta_model(v3_config(num_hidden_layers=61, first_k_dense_replace=3))
     examples = text.split("```yaml\n")[1:]
-    assert len(examples) == 4
+    assert len(examples) == 5
     for example in examples:
         Path("rules.yaml").write_text(example.partition("```")[0])
         lines = format_replacements(plan(model, load_rules("rules.yaml"), dtype=torch.bfloat16))

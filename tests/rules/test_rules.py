@@ -443,8 +443,8 @@ EXPECTED_CLASS = "replace.class: expected default, or an import path such as pac
             "replace.kwargs.3: the name of a kwarg is a string",
         ),
         (
-            "replace: {class: default, kwargs: {device: cpu}}",
-            "replace.kwargs.device: class: default keeps the module as it is and takes no kwargs",
+            "replace: {class: default, kwargs: {weight: int8}}",
+            "replace.kwargs.weight: class: default keeps the module and takes device alone",
         ),
         (f"{KEEP}\n  recursive: 'no'", "recursive: expected true or false, found 'no'"),
         (

@@ -1,0 +1,80 @@
+"""Modules that rules keep (`class: default`) on a device: `kwargs: {device: 'cuda:0'}`.
+
+What a rule keeps on a device stands there with all that is beneath it, but for what inner rules
+keep elsewhere; operators place their own weights. Tensors that reach such a module are moved to it,
+and nothing is moved back: what comes next moves it where it needs it. So layers on several GPUs
+need no more than a rule for each range of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ktransformers.base import Operator
+
+
+def kept_device(kwargs: Mapping[str, Any]) -> torch.device | None:
+    """Return the device that a rule keeps modules on, if it names one.
+
+    Raises ValueError where that is neither the CPU nor a GPU.
+    """
+    if "device" not in kwargs:
+        return None
+    device = kwargs["device"]
+    try:
+        found = torch.device(device) if isinstance(device, str) else None
+    except RuntimeError:  # torch's, of a device that it does not know
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"{device!r} is no device: expected cpu, or a GPU such as cuda:0")
+    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
+
+
+def keep_on(model: nn.Module, places: Mapping[str, torch.device]) -> None:
+    """Move modules by name, and let them move what reaches them."""
+    moved: _Moved = {}
+    devices: dict[str, torch.device | None] = {}  # by module, outer before inner
+    for name, module in model.named_modules():
+        device = places.get(name, devices.get(name.rpartition(".")[0]))
+        devices[name] = device
+        if device is not None and not isinstance(module, Operator):
+            _move(module, device, moved)
+        if name in places:
+            module.register_forward_pre_hook(_bring_to(places[name]), with_kwargs=True)
+
+
+# By tensor and device: the tensor, which must live lest another get its id, and its copy there.
+_Moved = dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _move(module: nn.Module, device: torch.device, moved: _Moved) -> None:
+    """Move what a module itself holds; what modules share they share on each device."""
+
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device == device:
+            return tensor
+        return moved.setdefault((id(tensor), device), (tensor, tensor.detach().to(device)))[1]
+
+    for name, parameter in module.named_parameters(recurse=False):
+        copy = there(parameter)
+        if copy is not parameter:
+            module._parameters[name] = nn.Parameter(copy, parameter.requires_grad)
+    for name, buffer in module.named_buffers(recurse=False):
+        module._buffers[name] = there(buffer)
+
+
+def _bring_to(device: torch.device) -> Any:
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.device != device:
+            return value.to(device, non_blocking=True)
+        return value
+
+    def hook(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return tree_map(moved, args), tree_map(moved, kwargs)
+
+    return hook
