@@ -25,7 +25,7 @@ from ktransformers.stack import BLOCK, DecoderStack
 from tiny_models import random_model, v2_config, v3_config
 
 OPERATORS = "ktransformers.operators"
-LAYER = {
+LAYER: dict[str, Any] = {
     "match": {"name": r"^model\.layers\.\d+$"},
     "replace": {"class": f"{OPERATORS}.decoder_layer.CpuDecoderLayer", "kwargs": {"threads": 1}},
 }
@@ -44,6 +44,13 @@ RULES: dict[str, list[dict[str, Any]]] = {
     "attention": [ATTENTION],
     "attention of one layer": [FIRST_ATTENTION],
     "layers": [LAYER],
+}
+WITHOUT_INT8 = {
+    "huggingface": [],
+    "attention": [ATTENTION],
+    "layers": [
+        {**LAYER, "replace": {**LAYER["replace"], "kwargs": {"threads": 1, "weight": "bf16"}}}
+    ],
 }
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -309,14 +316,16 @@ def test_attention_that_is_causal_gets_no_mask(
     assert all((mask is None) == causal for mask in masks[1:])
 
 
-@pytest.mark.parametrize("rules", ["huggingface", "attention", "layers"])
+@pytest.mark.parametrize("rules", WITHOUT_INT8)
 def test_the_next_turn_goes_on_after_what_an_answer_has_cached(rules: str) -> None:
     """Inside of a page too, and where the conversation keeps another answer.
 
-    All experts are chosen: a router would make a jump of what bf16 rounds in attention, 2**-8 a
-    step, some steps in each of three layers.
+    All experts are chosen, and no weights are int8: a router, and activations in int8, would make a
+    jump of what bf16 rounds in attention, 2**-8 a step, some steps in each of three layers.
     """
-    model = load(v3_config(num_experts_per_tok=8, n_group=1, topk_group=1), rules)
+    model = random_model(v3_config(num_experts_per_tok=8, n_group=1, topk_group=1))
+    if WITHOUT_INT8[rules]:
+        model = optimize_and_load(model, WITHOUT_INT8[rules])
     cache = LatentCache.for_model(model, 120)
     request = request_of(model, cache, do_sample=False, min_new_tokens=60, max_new_tokens=60)
     assert request is not None
