@@ -116,10 +116,10 @@ class LatentLayer(CacheLayerMixin):
         What was there stays, or moves. Raises ValueError where the format can't be on that
         device, MemoryError where there is no room.
         """
-        device = self.device if device is None else device
         pages = self.table.batch * self.pages_each()
-        if self.reserved >= pages and self.device == device:
+        if self.reserved >= pages and (device is None or device == self.device):
             return
+        device = self.device if device is None else device
         check_format(self.format, device)
         pages = max(pages, self.reserved)
         for name, old in self.tensors().items():
