@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ktransformers.base import Operator
+from ktransformers.gpu_options import named_device
 
 
 def kept_device(kwargs: Mapping[str, Any]) -> torch.device | None:
@@ -25,14 +26,12 @@ def kept_device(kwargs: Mapping[str, Any]) -> torch.device | None:
     """
     if "device" not in kwargs:
         return None
-    device = kwargs["device"]
-    try:
-        found = torch.device(device) if isinstance(device, str) else None
-    except RuntimeError:  # torch's, of a device that it does not know
-        found = None
+    found = named_device(kwargs["device"])
     if found is None or found.type not in ("cpu", "cuda"):
-        raise ValueError(f"{device!r} is no device: expected cpu, or a GPU such as cuda:0")
-    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
+        raise ValueError(
+            f"{kwargs['device']!r} is no device: expected cpu, or a GPU such as cuda:0"
+        )
+    return found
 
 
 def keep_on(model: nn.Module, places: Mapping[str, torch.device]) -> None:

@@ -19,17 +19,25 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def named_device(device: object) -> torch.device | None:
+    """Return the device that a string names, a GPU with its index; None for anything else."""
+    try:
+        found = torch.device(device) if isinstance(device, str) else None
+    except RuntimeError:  # torch's, of a device that it does not know
+        return None
+    if found is not None and found.type == "cuda":
+        return torch.device("cuda", found.index or 0)
+    return found
+
+
 def gpu_device(device: object) -> torch.device:
     """Return the GPU that a rule names, such as `cuda:0`; the CPU only where Triton interprets.
 
     Raises ValueError for anything else.
     """
-    try:
-        found = torch.device(device) if isinstance(device, str) else None
-    except RuntimeError:  # torch's, of a device that it does not know
-        found = None
+    found = named_device(device)
     if found is not None and found.type == "cuda":
-        return torch.device("cuda", found.index or 0)
+        return found
     if found is not None and found.type == "cpu" and interpreting():
         return found
     raise ValueError(

@@ -190,6 +190,13 @@ def test_the_last_norm_is_that_of_transformers(
     torch.testing.assert_close(stack._normed(x), stack.norm(x), rtol=2 * one_step, atol=0)
 
 
+def test_another_module_in_the_last_norm_s_place_is_called(config: PreTrainedConfig) -> None:
+    model = random_model(config)
+    model.model.norm = torch.nn.Identity()
+    x = torch.randn(1, 1, 64)
+    assert torch.equal(DecoderStack(model)._normed(x), x)
+
+
 def test_a_hook_of_the_last_norm_is_called(config: PreTrainedConfig) -> None:
     stack = DecoderStack(random_model(config))
     stack.norm.register_forward_hook(lambda module, args, out: torch.full_like(out, 7))
