@@ -19,7 +19,8 @@ from ktransformers import _native
 from ktransformers.base import Checkpoint
 from ktransformers.checkpoint import check_finite, read_checked
 from ktransformers.cpu_options import scale_dtype
-from ktransformers.placement import PANEL, PackedMatrices, PlacedTensor
+from ktransformers.numa import PANEL
+from ktransformers.placement import PackedMatrices, PlacedTensor
 
 Memory = Mapping[str, PlacedTensor]
 Parts = Mapping[str, Sequence[torch.Tensor]]  # of each tensor

@@ -27,9 +27,10 @@ from ktransformers.checkpoint.packed_writer import PackedWriter, damage
 from ktransformers.hub import resolve_model
 from ktransformers.inject import plan
 from ktransformers.load import build_folder_on_meta
+from ktransformers.numa import ANYWHERE
 from ktransformers.packed import DEFAULT_FOLDER, checkpoint_fingerprint, packed_operators
 from ktransformers.parallel import in_parallel
-from ktransformers.placement import ANYWHERE, PlacedOperator
+from ktransformers.placement import PlacedOperator
 from ktransformers.progress import byte_progress
 from ktransformers.rules import Rule, load_rules
 from ktransformers.weights import MAX_READERS, check_weights, serve_ties

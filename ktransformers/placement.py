@@ -1,89 +1,17 @@
-"""Where packed weights lie on a machine with several NUMA nodes, and operators that place theirs.
-
-`interleave` deals the pages of a weight to the nodes in turn. `shard` gives each node a slice of
-the outputs of every matrix, which its cores compute first; nothing is there twice. `replicate`
-gives each node a copy. What a part holds is planned in `csrc/numa_memory.h`; outputs are the same
-bits in every mode. On one node a weight is one part, whatever the mode.
-"""
+"""Packed weights in parts, one or one for each NUMA node, and operators that place theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from ktransformers import _native
 from ktransformers.base import Checkpoint, PackedOperator
-from ktransformers.cpu_options import affinity
-
-PANEL = 32  # outputs that lie together in every packed layout
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """How weights are spread, and over which nodes."""
-
-    mode: str  # interleave, shard or replicate
-    nodes: tuple[int, ...]
-    unbound: str | None = None  # why memory is not bound to the nodes, if it is not
-    bind: Callable[[int, int, list[int]], object] | None = None  # the kernel's, or a pretended one
-
-    @property
-    def in_parts(self) -> bool:
-        """Whether weights lie in several parts, one for each node."""
-        return self.mode != "interleave" and len(self.nodes) > 1
-
-    @property
-    def copies(self) -> int:
-        """How often each weight is there."""
-        return len(self.nodes) if self.mode == "replicate" else 1
-
-    def allocate(self, part: _native.NumaPart) -> torch.Tensor:
-        """Return zeros for a part, flat uint8. Raises OSError where the kernel refuses to bind."""
-        bind = self.bind if self.unbound is None else lambda *_: None
-        return from_dlpack(part.allocate(bind=bind))
-
-    def __str__(self) -> str:
-        nodes = ", ".join(map(str, self.nodes))
-        return f"{self.mode} over node{'s' if len(self.nodes) > 1 else ''} {nodes}"
-
-
-def weight_placement(numa: object) -> Placement:
-    """Return where weights lie in a mode, or, without one, in that of the environment."""
-    if numa is not None and not isinstance(numa, str):
-        raise ValueError(f"numa {numa!r}: expected interleave, shard or replicate")
-    mode = _native.numa_mode(numa)
-    asked = numa is not None or mode != "interleave"
-    return try_binding(Placement(mode, _nodes(mode, affinity())), asked=asked)
-
-
-@lru_cache(maxsize=3)
-def _nodes(mode: str, affinity: frozenset[int] | None) -> tuple[int, ...]:
-    del affinity  # only another mask changes the answer
-    return tuple(_native.topology().nodes(mode))
-
-
-def try_binding(placement: Placement, *, asked: bool) -> Placement:
-    """Bind a page on each node. Where the kernel refuses, that is an error if it was asked for."""
-    outputs = PANEL * len(placement.nodes)
-    plan = _native.numa_plan(
-        placement.mode, matrices=1, outputs=outputs, output_bytes=1, nodes=placement.nodes
-    )
-    try:
-        for part in plan:
-            placement.allocate(part)
-    except OSError as error:
-        if asked:
-            raise ValueError(f"numa {placement.mode}: {error.strerror}") from error
-        return replace(placement, unbound=error.strerror)
-    return placement
-
-
-ANYWHERE = Placement("interleave", (0,), unbound="a cache knows no nodes")
+from ktransformers.numa import PANEL, Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +67,9 @@ class PlacedTensor:
         """Return zeros where a placement wants them."""
         plan = of.plan(placement)
         parts = tuple(
-            placement.allocate(part).view(of.dtype).view(of.part_shape(part))
+            from_dlpack(part.allocate(bind=placement.binding))
+            .view(of.dtype)
+            .view(of.part_shape(part))
             if of.per_output
             else torch.empty(of.part_shape(part), dtype=of.dtype)
             for part in plan

@@ -32,13 +32,12 @@ from ktransformers.cache import LatentCache, LatentPages
 from ktransformers.cpu_options import check_site, chunk_size, thread_count, weight_format
 from ktransformers.decoder_weights import weights_of_layer
 from ktransformers.last_position import only_last_position
+from ktransformers.numa import Placement, weight_placement
 from ktransformers.packed_weights import ExpertsWeights, LatentWeights, PlainWeight
 from ktransformers.placement import (
     PackedMatrices,
     PlacedOperator,
     PlacedTensor,
-    Placement,
-    weight_placement,
 )
 from ktransformers.rules import top_k_of_layer
 

@@ -37,13 +37,12 @@ from ktransformers.cpu_options import (
 )
 from ktransformers.gpu_options import check_gpu, gpu_device, triton_on, within_reach
 from ktransformers.host_experts import HostExperts
+from ktransformers.numa import Placement, weight_placement
 from ktransformers.operators.kernels.int4_weight import Int4Format, Int4Weight, quantise
 from ktransformers.packed_weights import ExpertsWeights
 from ktransformers.placement import (
     PackedMatrices,
     PlacedTensor,
-    Placement,
-    weight_placement,
 )
 
 

@@ -31,14 +31,13 @@ from ktransformers.cpu_options import (
     weight_format,
 )
 from ktransformers.gpu_options import check_gpu, gpu_device, triton_on, within_reach
+from ktransformers.numa import Placement, weight_placement
 from ktransformers.operators.kernels.int4_weight import Int4Format, Int4Weight, quantise
 from ktransformers.packed_weights import LinearWeights
 from ktransformers.placement import (
     PackedMatrices,
     PlacedOperator,
     PlacedTensor,
-    Placement,
-    weight_placement,
 )
 
 

@@ -13,8 +13,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, Static
 from ktransformers import _native, optimize_and_load
 from ktransformers.cache import LatentCache
 from ktransformers.last_position import last_position_only
+from ktransformers.numa import Placement
 from ktransformers.packing import pack
-from ktransformers.placement import Placement
 from ktransformers.report import count_experts
 from ktransformers.rules import RuleError
 from ktransformers.weights import LoadError

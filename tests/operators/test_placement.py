@@ -16,13 +16,10 @@ from ktransformers import _native, optimize_and_load
 from ktransformers.base import Site, TensorInfo
 from ktransformers.inject import plan
 from ktransformers.load import LoadError
+from ktransformers.numa import ANYWHERE, Placement, try_binding, weight_placement
 from ktransformers.packing import pack
 from ktransformers.placement import (
-    ANYWHERE,
     PlacedOperator,
-    Placement,
-    try_binding,
-    weight_placement,
 )
 from ktransformers.report import bytes_by_device, numa_lines
 from ktransformers.rules import RuleError, load_rules

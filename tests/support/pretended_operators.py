@@ -7,9 +7,9 @@ from typing import Any
 
 from ktransformers import _native
 from ktransformers.base import Site
+from ktransformers.numa import Placement
 from ktransformers.operators.experts import CpuExperts
 from ktransformers.operators.linear import CpuLinear
-from ktransformers.placement import Placement
 
 Bound = list[tuple[int, int, list[int]]]  # address, bytes, nodes
 
