@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -113,24 +114,8 @@ std::vector<numa_part> bind_plan(const std::string& mode, int64_t matrices, int6
   throw nb::python_error();
 }
 
-// `bind` stands in for the kernel: bind(address, bytes, nodes).
 nb::ndarray<uint8_t> allocate(const numa_part& part, const nb::object& bind) {
-  auto owned = std::make_unique<numa_buffer>(part.bytes);
-  if (!owned->data() && part.bytes > 0) {
-    PyErr_NoMemory();
-    throw nb::python_error();
-  }
-  if (owned->data()) {
-    if (!bind.is_none()) {
-      bind(reinterpret_cast<uintptr_t>(owned->data()), owned->bytes(), part.nodes);
-    } else {
-      const int error = bind_pages(owned->data(), owned->bytes(), part.nodes);
-      // Where one node has all the memory, it comes from there whether the system hears us or not.
-      if (error != 0 && read_topology().memory_nodes != std::vector{part.nodes.front()}) {
-        bind_error(error, part);
-      }
-    }
-  }
+  auto owned = bound_memory(part, bind);
   void* const data = owned->data();
   const nb::capsule owner(owned.release(),
                           [](void* buffer) noexcept { delete static_cast<numa_buffer*>(buffer); });
@@ -139,6 +124,22 @@ nb::ndarray<uint8_t> allocate(const numa_part& part, const nb::object& bind) {
 }
 
 }  // namespace
+
+std::unique_ptr<numa_buffer> bound_memory(const numa_part& part, const nb::object& bind) {
+  auto owned = std::make_unique<numa_buffer>(part.bytes);
+  if (part.bytes == 0) return owned;
+  if (!owned->data()) throw std::bad_alloc();
+  if (!bind.is_none()) {
+    bind(reinterpret_cast<uintptr_t>(owned->data()), owned->bytes(), part.nodes);
+    return owned;
+  }
+  const int error = bind_pages(owned->data(), owned->bytes(), part.nodes);
+  // Where one node has all the memory, it comes from there whether the system hears us or not.
+  if (error != 0 && read_topology().memory_nodes != std::vector{part.nodes.front()}) {
+    bind_error(error, part);
+  }
+  return owned;
+}
 
 void bind_numa(nb::module_& m) {
   nb::class_<topology>(m, "Topology")

@@ -369,12 +369,16 @@ def pack_experts(
     format: str,
     *,
     threads: int | None = None,
+    numa: str = "interleave",
+    nodes: Sequence[int] = (0,),
+    bind: Callable[[int, int, list[int]], object] | None = None,
 ) -> dict[str, Any]:
     """Quantise and pack all experts of a layer into new memory: what `Experts` takes, by name.
 
-    `gate_proj` and `up_proj` `[E, F, D]`, `down_proj` `[E, D, F]`; bf16, fp16 or fp32. Raises
-    ValueError where a weight is not finite, MemoryError where there is no memory. Heard between
-    experts: Ctrl-C.
+    `gate_proj` and `up_proj` `[E, F, D]`, `down_proj` `[E, D, F]`; bf16, fp16 or fp32. The memory
+    is cut as `numa_plan(numa, nodes=nodes, ...)` says, and bound as `NumaPart.allocate` does.
+    Raises ValueError where a weight is not finite, MemoryError where there is no memory, OSError
+    where the kernel refuses to bind. Heard between experts: Ctrl-C.
     """
 
 class ExpertsHandle:

@@ -42,6 +42,7 @@ from typing import Literal
 from ktransformers import _native
 from ktransformers._native import ExpertsHandle, HostFunction
 from ktransformers.cpu_options import thread_count, weight_format
+from ktransformers.numa import weight_placement
 
 __all__ = ["ExpertsHandle", "HostFunction", "load_experts"]
 
@@ -54,6 +55,7 @@ def load_experts(
     weight: Literal["int8", "int4", "bf16"] = "int8",
     group_size: Literal[32, 64, 128] | None = None,
     threads: int | Literal["auto"] = "auto",
+    numa: Literal["interleave", "shard", "replicate"] | None = None,
 ) -> ExpertsHandle:
     """Quantise and pack the experts of a layer, and return a handle that computes with them.
 
@@ -65,10 +67,23 @@ def load_experts(
         group_size: inputs that share a scale, for int4 alone; 128 where it is not given.
         threads: how many to compute with; auto means every physical core that the process may run
             on, within its CPU quota.
+        numa: where the weights lie on a machine of several nodes, as in a rule: their pages dealt
+            to all in turn, a slice of every matrix on each, or a copy on each. Without it the
+            classic switch decides: USE_NUMA=1 means replicate; else they are interleaved.
 
     Raises TypeError or ValueError for tensors that do not fit together, ValueError for weights that
     are not finite and for options, MemoryError where there is no memory for the packed weights.
     """
     format_name, count = weight_format(weight, group_size), thread_count(threads)
-    layer = _native.pack_experts(gate_proj, up_proj, down_proj, format_name, threads=count)
+    placement = weight_placement(numa)
+    layer = _native.pack_experts(
+        gate_proj,
+        up_proj,
+        down_proj,
+        format_name,
+        threads=count,
+        numa=placement.mode,
+        nodes=placement.nodes,
+        bind=placement.binding,
+    )
     return ExpertsHandle(_native.Experts(**layer, threads=count))

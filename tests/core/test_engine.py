@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.dlpack import from_dlpack
 
-from ktransformers import optimize_and_load
+from ktransformers import _native, optimize_and_load
 from ktransformers.engine import ExpertsHandle, load_experts
 from other_engine import D, E, F, K, T, computed, draw, make, random
 from packed_layer import same_bits
@@ -313,3 +314,45 @@ def test_host_function_that_is_freed_drops_its_work_and_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"^a host function was freed before the sync: its work"):
         handle.sync()
     handle.sync()
+
+
+@pytest.mark.parametrize("mode", ["interleave", "shard", "replicate"])
+@pytest.mark.parametrize("weight", ["int8", "int4-32", "bf16"])
+def test_weights_on_several_nodes_give_the_same_bits(weight: str, mode: str) -> None:
+    bound: list[list[int]] = []
+    gate, up, down = (
+        torch.from_numpy(random.standard_normal(shape, dtype=np.float32))
+        for shape in ((E, F, D), (E, F, D), (E, D, F))
+    )
+    here = _native.pack_experts(gate, up, down, weight, threads=2)
+    there = _native.pack_experts(
+        gate,
+        up,
+        down,
+        weight,
+        threads=2,
+        numa=mode,
+        nodes=[3, 1, 4],  # two panels of 32: a node stays without any
+        bind=lambda address, nbytes, nodes: bound.append(nodes),
+    )
+    nodes = {tuple(nodes) for nodes in bound}
+    assert nodes == ({(3, 1, 4)} if mode == "interleave" else {(3,), (1,), (4,)})
+    for name in ("gate_up_packed", "gate_up_scale", "down_packed", "down_scale"):
+        parts = there[name] if mode != "interleave" else [there[name]]
+        whole = from_dlpack(here[name]).numel()
+        copies = 3 if mode == "replicate" else 1
+        assert sum(from_dlpack(part).numel() for part in parts) == copies * whole
+    x, index, weights, out = draw()
+    _native.Experts(**there, threads=2).forward(x, index, weights, out)
+    assert computed(ExpertsHandle(_native.Experts(**here, threads=2)), x, index, weights, out)
+
+
+def test_a_handle_takes_a_numa_mode() -> None:
+    x, index, weights, out = draw()
+    for numa in ("interleave", "shard", "replicate"):  # on one node, all the same
+        handle = make(numa=numa)
+        handle.submit(x, index, weights, out)
+        handle.sync()
+        assert computed(handle, x, index, weights, out)
+    with pytest.raises(ValueError, match="expected interleave, shard or replicate"):
+        make(numa="spread")
