@@ -43,7 +43,7 @@ class Request:
 
 def plain_request(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     input_ids: torch.Tensor,
     cache: LatentCache,
     sampling: Mapping[str, Any],
@@ -60,6 +60,7 @@ def plain_request(
     options = dict(sampling)
     stop = stop_strings(model, options)
     if stop:  # a custom_generate is not given the tokenizer
+        assert tokenizer is not None  # only who asks for no strings leaves it out
         criteria = [*(options.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, stop)]
         options |= {"stop_strings": None, "stopping_criteria": StoppingCriteriaList(criteria)}
     request: Request = model.generate(  # type: ignore[operator]  # typed for GenerationMixin alone

@@ -156,13 +156,32 @@ def stream(
             thread.join()
 
 
+def timed_answer(model: PreTrainedModel, input_ids: torch.Tensor, new_tokens: int) -> Timing:
+    """Generate so many tokens greedily, as `stream` does, for their time alone.
+
+    Args:
+        model: one with latent attention.
+        input_ids: the prompt, [1, T].
+        new_tokens: all of them are generated, whatever ends a text otherwise.
+
+    Raises what `stream` raises.
+    """
+    input_ids = check_prompt(model, input_ids)
+    cache = LatentCache.for_model(model, input_ids.shape[1] + new_tokens)
+    streamer = TimingStreamer(Timing())
+    options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "stop_strings": None}
+    sampling = {"do_sample": False, **options}
+    _generate(model, None, input_ids, cache, None, streamer, threading.Event(), sampling)
+    return streamer.timing
+
+
 def _generate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     input_ids: torch.Tensor,
     cache: LatentCache | None,
     chunk_size: int | None,
-    streamer: _TokenQueue,
+    streamer: TimingStreamer,
     stop: threading.Event,
     sampling: Mapping[str, Any],
 ) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ktransformers.generation import Timing, TimingStreamer
+from ktransformers.generation import Timing, TimingStreamer, timed_answer
+from ktransformers.report import Report
 
 MIN_REPEATS = 3  # below which a median says little
 
@@ -134,7 +135,10 @@ def decode_speed(
     repeats: int = 5,
     seconds: float = math.inf,
 ) -> list[Speed]:
-    """Measure new tokens per second of each model, as `generate` makes them, greedily.
+    """Measure new tokens per second of each model, greedily.
+
+    A model under rules, with latent attention, is asked as `stream` does it, any other through its
+    `generate`.
 
     Args:
         models: the models to compare; they take turns as in `prefill_speed`.
@@ -171,8 +175,12 @@ def _in_turns(
 
 
 def _generate(model: PreTrainedModel, token_ids: torch.Tensor, new_tokens: int) -> Timing:
-    timing = Timing()
+    """Let a model answer: one under rules as `stream` does, another as transformers does."""
     input_ids = token_ids[None].to(model.device)
+    report: object = getattr(model, "ktransformers_report", None)  # of a model under rules
+    if isinstance(report, Report) and getattr(model.config, "kv_lora_rank", None):
+        return timed_answer(model, input_ids, new_tokens)
+    timing = Timing()
     model.generate(  # type: ignore[operator]  # typed for GenerationMixin alone
         input_ids,
         attention_mask=torch.ones_like(input_ids),

@@ -75,7 +75,7 @@ def load(config: PreTrainedConfig, rules: str) -> PreTrainedModel:
 def request_of(
     model: PreTrainedModel, cache: LatentCache, input_ids: torch.Tensor = IDS, **options: Any
 ) -> Request | None:
-    return plain_request(model, None, input_ids, cache, options)  # type: ignore[arg-type]  # no stop strings
+    return plain_request(model, None, input_ids, cache, options)
 
 
 def tokens_of_ours(model: PreTrainedModel, input_ids: torch.Tensor, **options: Any) -> list[int]:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from ktransformers import optimize_and_load
+from ktransformers.cache import LatentCache
 from ktransformers.research.measure import (
     Speed,
     decode_speed,
@@ -112,6 +114,25 @@ def test_decode_generates_as_many_tokens_as_asked_whatever_the_model_wants() -> 
     speeds = decode_speed([model], TOKEN_IDS, new_tokens=4, repeats=1)
     assert lengths == [23, 1, 1, 1] * 2
     assert len(speeds[0].samples) == 1
+
+
+def test_a_model_under_rules_is_measured_in_the_loop_that_people_get() -> None:
+    model = random_model(v3_config())
+    model.generation_config.eos_token_id = list(range(95))
+    rule = {
+        "match": {"name": r"\.self_attn$"},
+        "replace": {"class": "ktransformers.operators.attention.MlaAttention"},
+    }
+    optimize_and_load(model, [rule])
+    caches: list[object] = []
+
+    def note_cache(_: object, __: object, kwargs: dict[str, object]) -> None:
+        caches.append(kwargs["past_key_values"])
+
+    model.model.layers[0].register_forward_pre_hook(note_cache, with_kwargs=True)
+    decode_speed([model], TOKEN_IDS, new_tokens=4, repeats=1)
+    assert len(caches) == 2 * 4  # prefill, and three of four tokens: the last is not read
+    assert all(isinstance(cache, LatentCache) for cache in caches)  # transformers makes another
 
 
 def test_decode_of_one_token_is_an_error(model: PreTrainedModel) -> None:
