@@ -10,7 +10,13 @@
 #include <thread>
 #include <utility>
 
+#include "numa_memory.h"
 #include "thread_pool.h"
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace kt {
 namespace {
@@ -86,12 +92,29 @@ std::map<int, std::vector<int>> read_nodes(const std::string& folder) {
   return nodes;
 }
 
+// The nodes that the calling thread's memory policy names (numactl -m, -i, -p); none by default.
+id_list policy_nodes() {
+#if defined(__linux__)
+  constexpr int word_bits = 8 * sizeof(unsigned long);
+  unsigned long mask[max_numa_nodes / word_bits] = {};
+  int mode;
+  if (syscall(SYS_get_mempolicy, &mode, mask, max_numa_nodes, nullptr, 0) != 0) return {};
+  std::vector<int> ids;
+  for (int node = 0; node < max_numa_nodes; ++node) {
+    if (mask[node / word_bits] >> (node % word_bits) & 1) ids.push_back(node);
+  }
+  if (!ids.empty()) return ids;
+#endif
+  return {};
+}
+
 std::vector<int> read_memory_nodes(const std::string& root,
                                    const std::map<int, std::vector<int>>& nodes) {
   std::vector<int> ids;
   for (const auto& node : nodes) ids.push_back(node.first);
   ids = intersection(ids, read_list(root + "/sys/devices/system/node/has_memory"));
   ids = intersection(ids, read_status(root, "Mems_allowed_list"));
+  ids = intersection(ids, policy_nodes());
   return ids.empty() ? std::vector<int>{0} : ids;
 }
 

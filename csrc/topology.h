@@ -2,7 +2,7 @@
 //
 // Read from files under `root`/sys and `root`/proc; tests pretend machines with a root of their
 // own. What is missing there (a container without /sys, another system) is no error: every CPU is
-// then a core, and all memory is node 0.
+// then a core, and all memory is node 0. The memory policy alone is asked of the system.
 #pragma once
 
 #include <string>
@@ -20,9 +20,11 @@ struct core {
 };
 
 struct topology {
-  std::vector<core> cores;        // by node, then by first CPU; at least one
-  std::vector<int> memory_nodes;  // that have memory this process may use, ascending; at least one
-  int threads;                    // for who does not say: the cores, capped by the CPU quota
+  std::vector<core> cores;  // by node, then by first CPU; at least one
+  // With memory that this process may use, by its cgroup and by the memory policy of the calling
+  // thread (numactl --membind and its like); ascending, at least one.
+  std::vector<int> memory_nodes;
+  int threads;  // for who does not say: the cores, capped by the CPU quota
 };
 
 topology read_topology(const std::string& root = {});

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,6 +71,26 @@ def test_mask_on_a_node_without_memory_leaves_the_other_nodes_for_weights(tmp_pa
 def test_memory_that_a_cgroup_forbids_is_not_used(tmp_path: Path) -> None:
     root = pretend(tmp_path, {0: (0,), 1: (1,), 2: (2,)}, allowed_memory=(1, 2))
     assert _native.topology(root).memory_nodes == [1, 2]
+
+
+@linux
+@pytest.mark.parametrize("policy", [2, 3], ids=["membind", "interleave"])  # <linux/mempolicy.h>
+def test_memory_policy_of_numactl_is_kept_to(tmp_path: Path, policy: int) -> None:
+    root = pretend(tmp_path, {0: (0,), 1: (1,), 2: (2,)})
+    script = f"""
+import ctypes, platform, sys
+set_mempolicy = {{"x86_64": 238, "aarch64": 237}}[platform.machine()]
+mask = ctypes.c_ulong(1)  # node 0, which every machine has
+if ctypes.CDLL(None).syscall(set_mempolicy, {policy}, ctypes.byref(mask), 65) != 0:
+    sys.exit(77)
+from ktransformers import _native
+print(_native.topology({root!r}).nodes("interleave"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("the system does not let a process set its memory policy")
+    assert done.stdout == "[0]\n", done.stderr
+    assert _native.topology(root).nodes("interleave") == [0, 1, 2]
 
 
 def test_without_nodes_all_memory_is_node_0(tmp_path: Path) -> None:
