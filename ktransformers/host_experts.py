@@ -5,20 +5,104 @@ Shape suffixes: T tokens, D hidden_size, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from ktransformers import _native
+from ktransformers.base import Checkpoint, Site
 from ktransformers.engine import ExpertsHandle
-from ktransformers.placement import PlacedOperator
-from ktransformers.streams import Stream, recorded_graph
+from ktransformers.numa import Placement
+from ktransformers.packed_weights import ExpertsWeights
+from ktransformers.placement import PackedMatrices, PlacedOperator, PlacedTensor
+from ktransformers.streams import Stream, recorded_graph, stream_of
+
+Routing = tuple[torch.Tensor, torch.Tensor]  # top_k_index and top_k_weights, [T, K]
 
 
 class HostExperts(PlacedOperator):
-    """Routed experts on the CPU, whose native layer an operator around them may call itself."""
+    """Routed experts on the CPU, all of a layer's or some, which an operator around may start.
+
+    Buffers hold the packed weights (uint8 bytes in a layout of `csrc/`, scales in fp32, or bf16 for
+    int4); the native layer reads them in place.
+    """
+
+    gate_up_packed: torch.Tensor  # these where weights are one part; see PlacedOperator
+    gate_up_scale: torch.Tensor
+    down_packed: torch.Tensor
+    down_scale: torch.Tensor
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        width: int,
+        weight_format: str,
+        threads: int,
+        placement: Placement,
+        chunk_tokens: int | None = None,
+        on_host: Sequence[int] | None = None,
+    ):
+        """Describe the layer; `on_host` are those of its experts that the CPU computes, or all."""
+        super().__init__()
+        self.site = site
+        self.weight_format = weight_format
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.moe_intermediate_size = width
+        self.threads = threads
+        self.chunk_tokens = chunk_tokens
+        self.on_host = tuple(range(num_experts) if on_host is None else on_host)
+        modules = tuple(f"{site.name}.{expert}" for expert in self.on_host)
+        self.weights = ExpertsWeights(modules, hidden_size, width, weight_format)
+        self._layer: _native.Experts | None = None
+        self.place(placement)
+
+    def packed_matrices(self) -> dict[str, PackedMatrices]:
+        """Name the packed integers and their scales, gate before up."""
+        return self.weights.matrices()
+
+    def packed_format(self) -> str:
+        """Say which of the formats of `csrc/` the bytes are in."""
+        return f"{self.weight_format}, gate before up"
+
+    def pack_into(self, memory: Mapping[str, PlacedTensor], checkpoint: Checkpoint) -> None:
+        """Read, quantise and pack three matrices per expert."""
+        self.weights.pack(memory, checkpoint)
+
+    def compute_with(self, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Build the native layer on these tensors."""
+        self._layer = self.weights.build(
+            parts,
+            threads=self.threads,
+            chunk_tokens=self.chunk_tokens,
+            numa=self.placement.mode,
+            nodes=self.placement.nodes,
+        )
 
     def native_layer(self) -> _native.Experts:
-        """Return the layer. Raises RuntimeError where weights are not loaded."""
-        raise NotImplementedError(f"{type(self).__name__} does not define native_layer")
+        """Return the native layer. Raises RuntimeError where weights are not loaded."""
+        if self._layer is None:
+            raise RuntimeError(self._refusal("weights are not loaded"))
+        return self._layer
+
+    def start(
+        self, hidden_states: torch.Tensor, parts: Sequence[Routing]
+    ) -> tuple[list[ExpertsCall], torch.Tensor | None]:
+        """Start what a token's experts are to do, in the stream of its device.
+
+        Args:
+            hidden_states: [T, D].
+            parts: of the routing, each to be joined by itself.
+
+        Returns a call of the CPU for each part, and what experts beside the CPU make of all parts
+        together, [T, D] on the device; None where there are none.
+        """
+        stream, layer = stream_of(hidden_states.device), self.native_layer()
+        host_states = stream.copy_in(hidden_states)
+        return [ExpertsCall(stream, layer, host_states, *part) for part in parts], None
 
 
 class ExpertsCall:

@@ -25,6 +25,8 @@ from ktransformers.placement import PackedMatrices, PlacedTensor
 Memory = Mapping[str, PlacedTensor]
 Parts = Mapping[str, Sequence[torch.Tensor]]  # of each tensor
 
+PROJECTIONS = 3  # of an expert, in the order of a checkpoint: gate, up, down
+
 
 @dataclass(frozen=True, slots=True)
 class LinearWeights:
@@ -53,8 +55,9 @@ class LinearWeights:
     def pack(self, memory: Memory, checkpoint: Checkpoint) -> None:
         """Read, quantise and pack it."""
         packed, scale = memory[f"{self.prefix}packed"], memory[f"{self.prefix}scale"]
-        ((name, (N, K)),) = self.shapes().items()
-        pack_matrix(checkpoint, name, (N, K), self.format, packed, scale, 0)
+        ((name, shape),) = self.shapes().items()
+        weight = read_checked(checkpoint, name, shape)
+        _pack(checkpoint, name, weight, self.format, packed, scale, 0)
 
     def build(self, parts: Parts, **how: Any) -> _native.Linear:
         """Build the native layer; `how` it computes is what that takes."""
@@ -108,17 +111,28 @@ class ExpertsWeights:
 
     def pack(self, memory: Memory, checkpoint: Checkpoint) -> None:
         """Read, quantise and pack one matrix at a time."""
-        D, F, prefix = self.hidden_size, self.width, self.prefix
-        gate_up = memory[f"{prefix}gate_up_packed"], memory[f"{prefix}gate_up_scale"]
-        down = memory[f"{prefix}down_packed"], memory[f"{prefix}down_scale"]
-        for expert, module in enumerate(self.modules):
-            for projection, shape, tensors, index in (
-                ("gate_proj", (F, D), gate_up, 2 * expert),
-                ("up_proj", (F, D), gate_up, 2 * expert + 1),
-                ("down_proj", (D, F), down, expert),
-            ):
-                name = f"{module}.{projection}.weight"
-                pack_matrix(checkpoint, name, shape, self.format, *tensors, index)
+        for index, (name, shape) in enumerate(self.shapes().items()):
+            weight = read_checked(checkpoint, name, shape)
+            self.put(memory, *divmod(index, PROJECTIONS), weight, checkpoint, name)
+
+    def put(
+        self,
+        memory: Memory,
+        expert: int,
+        projection: int,
+        weight: torch.Tensor,
+        checkpoint: Checkpoint,
+        name: str,
+    ) -> None:
+        """Quantise and pack a matrix of an expert (0 gate, 1 up, 2 down), which was read as `name`.
+
+        Raises ValueError, naming file and tensor, for NaN or infinity.
+        """
+        gated = projection < 2
+        index = 2 * expert + projection if gated else expert
+        matrix = self.prefix + ("gate_up" if gated else "down")
+        packed, scale = memory[f"{matrix}_packed"], memory[f"{matrix}_scale"]
+        _pack(checkpoint, name, weight, self.format, packed, scale, index)
 
     def build(self, parts: Parts, **how: Any) -> _native.Experts:
         """Build the native layer; `how` it computes is what that takes."""
@@ -218,23 +232,6 @@ class PlainWeight:
 
 
 AnyWeights = LinearWeights | ExpertsWeights | LatentWeights | PlainWeight
-
-
-def pack_matrix(
-    checkpoint: Checkpoint,
-    name: str,
-    shape: tuple[int, int],
-    format: str,
-    packed: PlacedTensor,
-    scale: PlacedTensor,
-    index: int,
-) -> None:
-    """Read a matrix of the checkpoint and pack it as the `index`th of two tensors.
-
-    Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity.
-    """
-    weight = read_checked(checkpoint, name, shape)
-    _pack(checkpoint, name, weight, format, packed, scale, index)
 
 
 def _pack(

@@ -34,11 +34,7 @@ from ktransformers.decoder_weights import weights_of_layer
 from ktransformers.last_position import only_last_position
 from ktransformers.numa import Placement, weight_placement
 from ktransformers.packed_weights import ExpertsWeights, LatentWeights, PlainWeight
-from ktransformers.placement import (
-    PackedMatrices,
-    PlacedOperator,
-    PlacedTensor,
-)
+from ktransformers.placement import PackedMatrices, PlacedOperator, PlacedTensor
 from ktransformers.rules import top_k_of_layer
 
 UNKEPT = ("attentions", "router_logits")  # of what transformers records

@@ -17,15 +17,13 @@ Shape suffixes: T tokens, D hidden_size, E experts, K top_k, F moe_intermediate_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import nn
-from transformers.integrations.moe import _default_apply_gate
 from typing_extensions import Self
 
-from ktransformers import _native
 from ktransformers.base import Checkpoint, Footprint, Operator, PackedOperator, Site
 from ktransformers.checkpoint import check_finite, read_checked
 from ktransformers.cpu_options import (
@@ -35,77 +33,17 @@ from ktransformers.cpu_options import (
     thread_count,
     weight_format,
 )
+from ktransformers.fused_experts import check_activation, experts_sizes
 from ktransformers.gpu_options import check_gpu, gpu_device, triton_on, within_reach
 from ktransformers.host_experts import HostExperts
-from ktransformers.numa import Placement, weight_placement
-from ktransformers.operators.kernels.int4_weight import Int4Format, Int4Weight, quantise
-from ktransformers.packed_weights import ExpertsWeights
-from ktransformers.placement import (
-    PackedMatrices,
-    PlacedTensor,
-)
-
-
-def _sizes(module: nn.Module) -> tuple[int, int, int]:
-    """Return E, D and F of a fused experts module. Raises ValueError where it is none."""
-    weights = dict(module.named_parameters(recurse=False))
-    if weights.keys() != {"gate_up_proj", "down_proj"}:
-        raise ValueError(
-            f"expected the parameters gate_up_proj and down_proj, found {sorted(weights)}"
-        )
-    E, two_F, D = weights["gate_up_proj"].shape
-    if weights["down_proj"].shape != (E, D, two_F // 2):
-        raise ValueError(
-            f"down_proj is {tuple(weights['down_proj'].shape)}, expected {(E, D, two_F // 2)}"
-        )
-    return E, D, two_F // 2
-
-
-def _check_activation(module: nn.Module, site: Site) -> None:
-    """Raise ValueError where a module does not compute silu(gate) * up."""
-    activation = getattr(site.config, "hidden_act", None)
-    if activation != "silu":
-        raise ValueError(f"computes silu, but hidden_act is {activation!r}")
-    if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
-        raise ValueError(f"computes silu(gate) * up, but {type(module).__name__} gates its own way")
+from ktransformers.numa import weight_placement
+from ktransformers.operators.kernels.int4_expert_weights import Int4ExpertWeights
+from ktransformers.operators.kernels.int4_weight import Int4Format, Int4Weight, Layout
+from ktransformers.packed_weights import PROJECTIONS, ExpertsWeights
 
 
 class CpuExperts(HostExperts):
-    """Compute a layer's routed experts on the CPU from packed weights.
-
-    Buffers hold the packed weights (uint8 bytes in a layout of `csrc/`, scales in fp32, or bf16 for
-    int4); the native handle reads them in place.
-    """
-
-    gate_up_packed: torch.Tensor  # these where weights are one part; see PlacedOperator
-    gate_up_scale: torch.Tensor
-    down_packed: torch.Tensor
-    down_scale: torch.Tensor
-
-    def __init__(
-        self,
-        site: Site,
-        *,
-        num_experts: int,
-        hidden_size: int,
-        width: int,
-        weight_format: str,
-        threads: int,
-        placement: Placement,
-        chunk_tokens: int | None = None,
-    ):
-        super().__init__()
-        self.site = site
-        self.weight_format = weight_format
-        self.num_experts = num_experts
-        self.hidden_size = hidden_size
-        self.moe_intermediate_size = width
-        self.threads = threads
-        self.chunk_tokens = chunk_tokens
-        modules = tuple(f"{site.name}.{expert}" for expert in range(num_experts))
-        self.weights = ExpertsWeights(modules, hidden_size, width, weight_format)
-        self._layer: _native.Experts | None = None
-        self.place(placement)
+    """Compute a layer's routed experts on the CPU."""
 
     @classmethod
     def from_module(
@@ -134,12 +72,12 @@ class CpuExperts(HostExperts):
 
         Raises ValueError where the module is no gated SiLU experts module on the CPU.
         """
-        E, D, F = _sizes(module)
+        E, D, F = experts_sizes(module)
         format_name = weight_format(weight, group_size)
         count = thread_count(threads)
         placement, chunk = weight_placement(numa), chunk_size(chunk_tokens)
         check_dtype(site)
-        _check_activation(module, site)
+        check_activation(module, site)
         return cls(
             site,
             num_experts=E,
@@ -158,14 +96,6 @@ class CpuExperts(HostExperts):
         if around is None or child not in around.host_children:
             check_device(self.site)
 
-    def packed_matrices(self) -> dict[str, PackedMatrices]:
-        """Name the packed integers and their scales, gate before up."""
-        return self.weights.matrices()
-
-    def packed_format(self) -> str:
-        """Say which of the formats of `csrc/` the bytes are in."""
-        return f"{self.weight_format}, gate before up"
-
     def footprint(self) -> Footprint:
         """Say what the layer needs; bytes read are those of the experts that one token takes."""
         D, F = self.hidden_size, self.moe_intermediate_size
@@ -181,26 +111,6 @@ class CpuExperts(HostExperts):
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name three matrices per expert."""
         return self.weights.shapes()
-
-    def pack_into(self, memory: Mapping[str, PlacedTensor], checkpoint: Checkpoint) -> None:
-        """Read, quantise and pack three matrices per expert."""
-        self.weights.pack(memory, checkpoint)
-
-    def compute_with(self, parts: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        """Build the native layer on these tensors."""
-        self._layer = self.weights.build(
-            parts,
-            threads=self.threads,
-            chunk_tokens=self.chunk_tokens,
-            numa=self.placement.mode,
-            nodes=self.placement.nodes,
-        )
-
-    def native_layer(self) -> _native.Experts:
-        """Return the native layer. Raises RuntimeError where weights are not loaded."""
-        if self._layer is None:
-            raise RuntimeError(self._refusal("weights are not loaded"))
-        return self._layer
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(
@@ -242,17 +152,13 @@ class Int4Experts(PackedOperator):
         site: Site,
         *,
         num_experts: int,
-        hidden_size: int,
-        width: int,
-        format: Int4Format,
+        int4: Int4ExpertWeights,
         device: torch.device,
     ):
         super().__init__()
         self.site = site
         self.num_experts = num_experts
-        self.hidden_size = hidden_size
-        self.moe_intermediate_size = width
-        self.format = format
+        self.int4 = int4
         self.device = device
         self._weights: tuple[Int4Weight, Int4Weight] | None = None
         self.register_packed()
@@ -277,31 +183,22 @@ class Int4Experts(PackedOperator):
         Raises ValueError where the module is no gated SiLU experts module that such groups divide,
         or activations are neither fp16 nor bf16.
         """
-        E, D, F = _sizes(module)
-        weight_format, gpu = Int4Format(group_size, symmetric), gpu_device(device)
-        for in_features in (D, F):
-            weight_format.check(in_features)
+        E, D, F = experts_sizes(module)
+        int4 = Int4ExpertWeights(Int4Format(group_size, symmetric), D, F)
+        gpu = gpu_device(device)
+        int4.check()
         if site.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"takes float16 or bfloat16 activations, not {site.dtype}")
-        _check_activation(module, site)
-        return cls(site, num_experts=E, hidden_size=D, width=F, format=weight_format, device=gpu)
+        check_activation(module, site)
+        return cls(site, num_experts=E, int4=int4, device=gpu)
 
-    def _matrices(self) -> dict[str, tuple[int, int]]:
-        """Name the two matrices of an expert, [n, k], gate before up."""
-        D, F = self.hidden_size, self.moe_intermediate_size
-        return {"gate_up": (2 * F, D), "down": (D, F)}
-
-    def packed_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def packed_layout(self) -> Layout:
         """Name the packed integers, their scales and zero points."""
-        return {
-            f"{matrix}_{name}": ((self.num_experts, *shape), dtype)
-            for matrix, (n, k) in self._matrices().items()
-            for name, (shape, dtype) in self.format.layout(n, k).items()
-        }
+        return self.int4.layout(self.num_experts)
 
     def packed_format(self) -> str:
         """Say what `kernels/int4_weight.py` makes the bytes mean."""
-        return f"{self.format} in words of four inputs, 32 apart, gate before up"
+        return str(self.int4)
 
     def check_machine(self) -> None:
         """Refuse a machine without the GPU."""
@@ -313,7 +210,7 @@ class Int4Experts(PackedOperator):
 
     def footprint(self) -> Footprint:
         """Say what the layer needs; bytes read are those of the experts that one token takes."""
-        D, F, nbytes = self.hidden_size, self.moe_intermediate_size, self.packed_bytes()
+        D, F, nbytes = self.int4.hidden_size, self.int4.width, self.packed_bytes()
         active = min(self.site.config.num_experts_per_tok, self.num_experts)
         read = nbytes // self.num_experts * active
         return Footprint(self.device, nbytes, active * 3 * 2 * D * F, read)
@@ -321,7 +218,7 @@ class Int4Experts(PackedOperator):
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name three matrices per expert."""
         modules = tuple(f"{self.site.name}.{expert}" for expert in range(self.num_experts))
-        return ExpertsWeights(modules, self.hidden_size, self.moe_intermediate_size, "").shapes()
+        return ExpertsWeights(modules, self.int4.hidden_size, self.int4.width, "").shapes()
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Read, quantise and pack one matrix at a time, on the GPU if there is one.
@@ -329,20 +226,16 @@ class Int4Experts(PackedOperator):
         Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity;
         MemoryError where the GPU has no room.
         """
-        home, F = within_reach(self.device), self.moe_intermediate_size
-        shapes = self.weight_shapes()
-        places = (("gate_up", slice(F)), ("gate_up", slice(F, None)), ("down", slice(None)))
+        home = within_reach(self.device)
         try:
             tensors = {
                 name: torch.empty(shape, dtype=dtype, device=home)
                 for name, (shape, dtype) in self.packed_layout().items()
             }
-            for index, (name, shape) in enumerate(shapes.items()):
-                expert, (matrix, outputs) = index // 3, places[index % 3]
+            for index, (name, shape) in enumerate(self.weight_shapes().items()):
                 weight = read_checked(checkpoint, name, shape)
                 check_finite(checkpoint, name, weight)
-                for part, packed in quantise(weight.to(home), self.format).tensors().items():
-                    tensors[f"{matrix}_{part}"][expert][:, outputs] = packed
+                self.int4.put(tensors, *divmod(index, PROJECTIONS), weight.to(home))
             self.use_packed(tensors)
         except torch.OutOfMemoryError as error:
             raise self.no_memory() from error
@@ -352,15 +245,7 @@ class Int4Experts(PackedOperator):
         home = within_reach(self.device)
         for name in self.packed_layout():
             setattr(self, name, tensors[name].to(home))
-        gate_up, down = (
-            Int4Weight.of(
-                self.format,
-                k,
-                {name: self.get_buffer(f"{matrix}_{name}") for name in self.format.layout(n, k)},
-            )
-            for matrix, (n, k) in self._matrices().items()
-        )
-        self._weights = gate_up, down
+        self._weights = self.int4.weights(dict(self.named_buffers(recurse=False)))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(
@@ -388,5 +273,5 @@ class Int4Experts(PackedOperator):
 
     def extra_repr(self) -> str:
         """Show sizes, format and device where the module tree is printed."""
-        E, D, F = self.num_experts, self.hidden_size, self.moe_intermediate_size
-        return f"num_experts={E}, {D} -> {F} -> {D}, {self.format}, device={self.device}"
+        E, D, F = self.num_experts, self.int4.hidden_size, self.int4.width
+        return f"num_experts={E}, {D} -> {F} -> {D}, {self.int4.format}, device={self.device}"

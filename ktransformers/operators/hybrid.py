@@ -2,9 +2,10 @@
 
 Takes the place of a whole MoE module (`mlp`) of DeepSeek-V2 or V3 and does what it does, in another
 order: the router's choice goes to the host, the experts start there, and while they compute the
-shared experts do on the device; then both are added. What computes are the module's children, which
-stay and may be claimed: a rule must put experts on the CPU there (`CpuExperts`). On the CPU alone
-it works too, and gives the same bits as without.
+device does the shared experts, and those routed ones that live on it; then all are added. What
+computes are the module's children, which stay and may be claimed: a rule must put experts on the
+CPU there, all of them (`CpuExperts`) or some (`ResidentExperts`). On the CPU alone it works too,
+and gives the same bits as without.
 
 **Deferral** (Chen et al., KTransformers, SOSP 2025). With `deferred_experts: d`, in decode, the
 layer waits for its K - d heaviest experts only. The other d go on through the next layer's
@@ -13,7 +14,8 @@ attention and are added to what that layer's MoE adds to the residual stream:
     y_l = shared_l(x_l) + awaited_l(x_l) + deferred_{l-1}(x_{l-1})
 
 so that the CPU is never idle, for a model that is not quite the same: `benchmarks/deferral.py`
-measures the difference. Prefill defers nothing, nor does a layer that no `HybridMoE` follows.
+measures the difference. Prefill defers nothing, nor does a layer that no `HybridMoE` follows; and
+experts that live on the device are added at once, also those among the d lightest.
 
 Shape suffixes: B sequences, T new tokens, D hidden_size, K experts per token.
 """
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -129,7 +131,7 @@ class HybridMoE(Operator):
         Raises ValueError for what the experts find wrong, RuntimeError where their weights are not
         loaded or a gradient is asked for.
         """
-        experts: Any = self.experts
+        experts: HostExperts = self.experts  # type: ignore[assignment]  # as `connect` has found
         x = hidden_states.view(-1, hidden_states.shape[-1])
         _, weights, index = self.gate(hidden_states)
         experts.check_no_gradient(hidden_states, weights)
@@ -139,11 +141,12 @@ class HybridMoE(Operator):
         awaited = index.shape[1] - (self.deferred_experts if defers else 0)
         parts = _heaviest_first(index, weights, awaited) if defers else [(index, weights)]
 
-        stream, layer = stream_of(x.device), experts.native_layer()
-        host_states = stream.copy_in(x)
-        now, *later = [ExpertsCall(stream, layer, host_states, *part) for part in parts]
+        (now, *later), resident = experts.start(x, parts)
         shared = self.shared_experts(hidden_states)
-        out: torch.Tensor = now.join().view_as(hidden_states) + shared
+        out: torch.Tensor = now.join()
+        if resident is not None:
+            out = out + resident
+        out = out.view_as(hidden_states) + shared
         arrived, self._arriving.call = self._arriving.call, None
         if arrived is not None:
             out = out + arrived.join().view_as(hidden_states)

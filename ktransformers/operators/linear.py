@@ -34,11 +34,7 @@ from ktransformers.gpu_options import check_gpu, gpu_device, triton_on, within_r
 from ktransformers.numa import Placement, weight_placement
 from ktransformers.operators.kernels.int4_weight import Int4Format, Int4Weight, quantise
 from ktransformers.packed_weights import LinearWeights
-from ktransformers.placement import (
-    PackedMatrices,
-    PlacedOperator,
-    PlacedTensor,
-)
+from ktransformers.placement import PackedMatrices, PlacedOperator, PlacedTensor
 
 
 class CpuLinear(PlacedOperator):

@@ -18,9 +18,7 @@ from ktransformers.inject import plan
 from ktransformers.load import LoadError
 from ktransformers.numa import ANYWHERE, Placement, try_binding, weight_placement
 from ktransformers.packing import pack
-from ktransformers.placement import (
-    PlacedOperator,
-)
+from ktransformers.placement import PlacedOperator
 from ktransformers.report import bytes_by_device, numa_lines
 from ktransformers.rules import RuleError, load_rules
 from packed_layer import FORMATS, same_bits
