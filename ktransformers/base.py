@@ -31,7 +31,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What an operator needs, known before any weight exists."""
+    """What an operator needs on a device, known before any weight exists."""
 
     device: torch.device
     weight_bytes: int  # resident once loaded
@@ -130,8 +130,12 @@ class Operator(nn.Module):
         """
 
     def footprint(self) -> Footprint:
-        """Say what the operator needs."""
+        """Say what the operator needs, on the one device where it is."""
         raise NotImplementedError(f"{type(self).__name__} does not define footprint")
+
+    def footprints(self) -> Sequence[Footprint]:
+        """Say what it needs on each device; an operator on several overrides this one."""
+        return (self.footprint(),)
 
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name the checkpoint's tensors that `load_weights` reads, canonically, with shapes."""

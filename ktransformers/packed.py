@@ -76,7 +76,16 @@ class UsedCache:
             memory = operator.placed_memory()
             ranges = {tensor: placed.ranges() for tensor, placed in memory.items()}
             read_into(self.folder, entry, ranges, advance)
-            return partial(operator.use_placed, memory)
+            # What goes to another device is read from the file when it is copied there.
+            mapped = (
+                open_tensors(self.folder, entry, "map", advance) if operator.elsewhere() else {}
+            )
+
+            def use() -> None:
+                operator.use_placed(memory)
+                operator.use_elsewhere({tensor: mapped[tensor] for tensor in operator.elsewhere()})
+
+            return use
         return partial(operator.use_packed, open_tensors(self.folder, entry, mode, advance))
 
     def _copied_bytes(self, name: str) -> int:

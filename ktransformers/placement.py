@@ -112,7 +112,8 @@ class PlacedTensor:
 class PlacedOperator(PackedOperator):
     """An operator whose packed weights are matrices, and lie where a `Placement` says.
 
-    In several parts a tensor of the layout is as many buffers, named after their nodes.
+    In several parts a tensor of the layout is as many buffers, named after their nodes. Packed
+    tensors for another device than the CPU are beside them: `elsewhere`.
     """
 
     weight_format: str
@@ -131,12 +132,20 @@ class PlacedOperator(PackedOperator):
         """Compute with these tensors, as many for each name as there are parts, from now on."""
         raise NotImplementedError(f"{type(self).__name__} does not define compute_with")
 
+    def elsewhere(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name the packed tensors that no placement concerns, with shapes and dtypes; here none."""
+        return {}
+
+    def use_elsewhere(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Compute with these tensors, one for each name of `elsewhere`, from now on."""
+
     def packed_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name the packed tensors; nothing here depends on the placement."""
-        return {name: (of.shape, of.dtype) for name, of in self.packed_matrices().items()}
+        placed = {name: (of.shape, of.dtype) for name, of in self.packed_matrices().items()}
+        return {**placed, **self.elsewhere()}
 
     def packed_bytes(self) -> int:
-        """Return the bytes of all packed weights, copies included."""
+        """Return the bytes of what is placed, copies included."""
         return sum(
             of.nbytes * (1 if of.in_one_part else self.placement.copies)
             for of in self.packed_matrices().values()
@@ -157,6 +166,9 @@ class PlacedOperator(PackedOperator):
             for name, part in zip(self.buffer_names(tensor), of.plan(placement), strict=True):
                 meta = torch.empty(of.part_shape(part), dtype=of.dtype, device="meta")
                 self.register_buffer(name, meta, persistent=False)
+        for name, (shape, dtype) in self.elsewhere().items():
+            meta = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_buffer(name, meta, persistent=False)
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Read, quantise and pack one matrix at a time.
@@ -193,6 +205,7 @@ class PlacedOperator(PackedOperator):
         assert not self.placement.in_parts
         matrices = self.packed_matrices()
         self._adopt({name: PlacedTensor.whole(matrices[name], tensors[name]) for name in matrices})
+        self.use_elsewhere({name: tensors[name] for name in self.elsewhere()})
 
     def _adopt(self, memory: Mapping[str, PlacedTensor]) -> None:
         for tensor, placed in memory.items():

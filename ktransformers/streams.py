@@ -23,7 +23,7 @@ from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 
@@ -133,6 +133,21 @@ def stream_of(device: torch.device) -> Stream:
 def recorded_graph() -> Graph | None:
     """Return the graph that this thread is recording, if it is."""
     return _here.graph
+
+
+def launch(kernel: Callable[[], None]) -> None:
+    """Launch a kernel that is not torch's.
+
+    A CUDA graph records it by itself. The stand-in's does not see it, but what torch does within
+    it, where it is interpreted: it is told.
+    """
+    graph = _here.graph
+    if not isinstance(graph, _CpuGraph):
+        kernel()
+        return
+    with _disable_current_modes():
+        kernel()
+    graph.steps.append(kernel)
 
 
 @contextmanager

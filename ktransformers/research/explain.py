@@ -141,9 +141,12 @@ class _Tree:
     def _own_costs(self, module: nn.Module, operator: Operator | None, device: str) -> Costs:
         """Return what a module needs without its children, or an operator and what it consumes."""
         if operator is not None:
-            need = operator.footprint()
-            cost = Cost(need.weight_bytes, need.flops_per_token, need.bytes_read_per_token)
-            return {str(need.device): cost}
+            costs: dict[str, Cost] = {}
+            for need in operator.footprints():
+                cost = Cost(need.weight_bytes, need.flops_per_token, need.bytes_read_per_token)
+                on = str(need.device)
+                costs[on] = costs.get(on, Cost()) + cost
+            return costs
         total = Cost()
         for tensor in chain(module.parameters(recurse=False), _persistent_buffers(module)):
             total += self._tensor_cost(module, tensor)
