@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,22 +69,31 @@ class ExpertCounter:
 
 @contextmanager
 def count_experts(model: nn.Module) -> Iterator[ExpertCounter]:
-    """Count, while the context lasts, the experts that each token gets in `model`'s forwards.
+    """Count, while the context lasts, the experts that each token gets in `model`'s forwards."""
+    counter = ExpertCounter()
+    with watch_experts(model, counter.record):
+        yield counter
+
+
+@contextmanager
+def watch_experts(
+    model: nn.Module, record: Callable[[str, int, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call `record(name, num_experts, top_k_index [T, K])` for all routing while the context lasts.
 
     Looks at what arrives at the modules named `experts`, replaced or not, as transformers calls
     them: `experts(hidden_states[T, D], top_k_index[T, K], top_k_weights[T, K])`; operators that
     do the experts' work in one with the router's report it themselves, under their own name.
     """
-    counter = ExpertCounter()
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, Operator):
-            module.watch_routing(partial(counter.record, name))
+            module.watch_routing(partial(record, name))
         takes = inspect.signature(module.forward).parameters
         if name.rpartition(".")[2] == "experts" and "top_k_index" in takes:
-            handles.append(_watch(name, module, counter))
+            handles.append(_watch(name, module, record))
     try:
-        yield counter
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -93,12 +102,12 @@ def count_experts(model: nn.Module) -> Iterator[ExpertCounter]:
                 module.watch_routing(None)
 
 
-def _watch(name: str, module: nn.Module, counter: ExpertCounter) -> Any:
+def _watch(name: str, module: nn.Module, record: Callable[[str, int, torch.Tensor], None]) -> Any:
     num_experts = int(module.num_experts)  # type: ignore[arg-type]  # an int on every experts class
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-        counter.record(name, num_experts, index)
+        record(name, num_experts, index)
 
     return module.register_forward_pre_hook(before_forward, with_kwargs=True)
 
