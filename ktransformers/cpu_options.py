@@ -79,15 +79,15 @@ def scale_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if name.startswith("int4") else torch.float32
 
 
-def weight_format(weight: str, group_size: int | None) -> str:
-    """Return the native name of a format."""
+def weight_format(weight: str, group_size: int | None, kwarg: str = "group_size") -> str:
+    """Return the native name of a format; `kwarg` is what a rule calls the size."""
     if weight not in ("int8", "int4", "bf16"):
         raise ValueError(f"weight {weight!r} is not supported (expected int8, int4, bf16)")
     if weight != "int4":
         if group_size is not None:
-            raise ValueError(f"group_size {group_size!r} is for weight int4, not {weight}")
+            raise ValueError(f"{kwarg} {group_size!r} is for weight int4, not {weight}")
         return weight
     size = 128 if group_size is None else group_size
     if type(size) is not int or size not in GROUP_SIZES:
-        raise ValueError(f"group_size {size!r} is not supported (expected 32, 64, 128)")
+        raise ValueError(f"{kwarg} {size!r} is not supported (expected 32, 64, 128)")
     return f"int4-{size}"
