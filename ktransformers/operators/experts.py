@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from ktransformers.base import Checkpoint, Footprint, Operator, PackedOperator, Site
+from ktransformers.base import Checkpoint, Footprint, Operator, Site
 from ktransformers.checkpoint import check_finite, read_checked
 from ktransformers.cpu_options import (
     check_device,
@@ -34,11 +34,12 @@ from ktransformers.cpu_options import (
     weight_format,
 )
 from ktransformers.fused_experts import check_activation, experts_sizes
-from ktransformers.gpu_options import check_gpu, gpu_device, triton_on, within_reach
+from ktransformers.gpu_operator import GpuOperator
+from ktransformers.gpu_options import gpu_device
 from ktransformers.host_experts import HostExperts
 from ktransformers.numa import weight_placement
 from ktransformers.operators.kernels.int4_expert_weights import Int4ExpertWeights
-from ktransformers.operators.kernels.int4_weight import Int4Format, Int4Weight, Layout
+from ktransformers.operators.kernels.int4_weight import Int4Weight, Layout, asked_format
 from ktransformers.packed_weights import PROJECTIONS, ExpertsWeights
 
 
@@ -141,7 +142,7 @@ class CpuExperts(HostExperts):
         return f"{shape}, weight={self.weight_format}, threads={self.threads}"
 
 
-class Int4Experts(PackedOperator):
+class Int4Experts(GpuOperator):
     """Compute a layer's routed experts on a GPU from weights in four bits, which buffers hold.
 
     Activations come to the weights, and results go back to where activations were.
@@ -184,13 +185,10 @@ class Int4Experts(PackedOperator):
         or activations are neither fp16 nor bf16.
         """
         E, D, F = experts_sizes(module)
-        int4 = Int4ExpertWeights(Int4Format(group_size, symmetric), D, F)
         gpu = gpu_device(device)
-        int4.check()
-        if site.dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"takes float16 or bfloat16 activations, not {site.dtype}")
+        weight_format = asked_format(group_size, symmetric, (D, F), site.dtype)
         check_activation(module, site)
-        return cls(site, num_experts=E, int4=int4, device=gpu)
+        return cls(site, num_experts=E, int4=Int4ExpertWeights(weight_format, D, F), device=gpu)
 
     def packed_layout(self) -> Layout:
         """Name the packed integers, their scales and zero points."""
@@ -199,14 +197,6 @@ class Int4Experts(PackedOperator):
     def packed_format(self) -> str:
         """Say what `kernels/int4_weight.py` makes the bytes mean."""
         return str(self.int4)
-
-    def check_machine(self) -> None:
-        """Refuse a machine without the GPU."""
-        check_gpu(self.device)
-
-    def computed_by(self) -> str:
-        """Name Triton and the GPU."""
-        return triton_on(self.device)
 
     def footprint(self) -> Footprint:
         """Say what the layer needs; bytes read are those of the experts that one token takes."""
@@ -226,8 +216,7 @@ class Int4Experts(PackedOperator):
         Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity;
         MemoryError where the GPU has no room.
         """
-        home = within_reach(self.device)
-        try:
+        with self.filling_gpu() as home:
             tensors = {
                 name: torch.empty(shape, dtype=dtype, device=home)
                 for name, (shape, dtype) in self.packed_layout().items()
@@ -236,16 +225,11 @@ class Int4Experts(PackedOperator):
                 weight = read_checked(checkpoint, name, shape)
                 check_finite(checkpoint, name, weight)
                 self.int4.put(tensors, *divmod(index, PROJECTIONS), weight.to(home))
-            self.use_packed(tensors)
-        except torch.OutOfMemoryError as error:
-            raise self.no_memory() from error
+        self.use_packed(tensors)
 
     def use_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Bring the tensors to the GPU, if they are not there, and compute with them."""
-        home = within_reach(self.device)
-        for name in self.packed_layout():
-            setattr(self, name, tensors[name].to(home))
-        self._weights = self.int4.weights(dict(self.named_buffers(recurse=False)))
+        self._weights = self.int4.weights(self.bring(tensors))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(

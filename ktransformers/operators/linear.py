@@ -22,17 +22,22 @@ from torch import nn
 from typing_extensions import Self
 
 from ktransformers import _native
-from ktransformers.base import Checkpoint, Footprint, PackedOperator, Site
-from ktransformers.checkpoint import check_finite, read_checked
+from ktransformers.base import Checkpoint, Footprint, Site
 from ktransformers.cpu_options import (
     check_site,
     chunk_size,
     thread_count,
     weight_format,
 )
-from ktransformers.gpu_options import check_gpu, gpu_device, triton_on, within_reach
+from ktransformers.gpu_operator import GpuOperator
+from ktransformers.gpu_options import gpu_device
 from ktransformers.numa import Placement, weight_placement
-from ktransformers.operators.kernels.int4_weight import Int4Format, Int4Weight, quantise
+from ktransformers.operators.kernels.int4_weight import (
+    Int4Format,
+    Int4Weight,
+    asked_format,
+    quantise,
+)
 from ktransformers.packed_weights import LinearWeights
 from ktransformers.placement import PackedMatrices, PlacedOperator, PlacedTensor
 
@@ -168,7 +173,7 @@ class CpuLinear(PlacedOperator):
         )
 
 
-class Int4Linear(PackedOperator):
+class Int4Linear(GpuOperator):
     """Compute a projection on a GPU from weights in four bits, which buffers hold.
 
     Activations come to the weights, and results go back to where activations were: between
@@ -227,16 +232,12 @@ class Int4Linear(PackedOperator):
         parameters = dict(module.named_parameters(recurse=False)).keys()
         if not {"weight"} <= parameters <= {"weight", "bias"}:
             raise ValueError(f"expected the parameters weight and bias, found {sorted(parameters)}")
-        N, K = module.weight.shape
-        weight_format, gpu = Int4Format(group_size, symmetric), gpu_device(device)
-        weight_format.check(K)
-        if site.dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"takes float16 or bfloat16 activations, not {site.dtype}")
+        (N, K), gpu = module.weight.shape, gpu_device(device)
         return cls(
             site,
             in_features=K,
             out_features=N,
-            format=weight_format,
+            format=asked_format(group_size, symmetric, (K,), site.dtype),
             has_bias="bias" in parameters,
             device=gpu,
         )
@@ -251,14 +252,6 @@ class Int4Linear(PackedOperator):
     def packed_format(self) -> str:
         """Say what `kernels/int4_weight.py` makes the bytes mean."""
         return f"{self.format} in words of four inputs, 32 apart"
-
-    def check_machine(self) -> None:
-        """Refuse a machine without the GPU."""
-        check_gpu(self.device)
-
-    def computed_by(self) -> str:
-        """Name Triton and the GPU."""
-        return triton_on(self.device)
 
     def footprint(self) -> Footprint:
         """Say what the layer needs; a token reads all of it."""
@@ -276,26 +269,17 @@ class Int4Linear(PackedOperator):
         Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity;
         MemoryError where the GPU has no room.
         """
-        read = {}
-        for name, shape in self.weight_shapes().items():
-            read[name] = read_checked(checkpoint, name, shape)
-            check_finite(checkpoint, name, read[name])
-        weight = read[f"{self.site.name}.weight"]
-        try:
-            tensors = quantise(weight.to(within_reach(self.device)), self.format).tensors()
-            if self.has_bias:
-                tensors["bias"] = read[f"{self.site.name}.bias"].float()
-            self.use_packed(tensors)
-        except torch.OutOfMemoryError as error:
-            raise self.no_memory() from error
+        read = self.read_weights(checkpoint)
+        with self.filling_gpu() as home:
+            weight = read[f"{self.site.name}.weight"].to(home)
+            tensors = quantise(weight, self.format).tensors()
+        if self.has_bias:
+            tensors["bias"] = read[f"{self.site.name}.bias"].float()
+        self.use_packed(tensors)
 
     def use_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Bring the tensors to the GPU, if they are not there, and compute with them."""
-        home = within_reach(self.device)
-        placed = {name: tensors[name].to(home) for name in self.packed_layout()}
-        for name, tensor in placed.items():
-            setattr(self, name, tensor)
-        self._weight = Int4Weight.of(self.format, self.in_features, placed)
+        self._weight = Int4Weight.of(self.format, self.in_features, self.bring(tensors))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear names it

@@ -30,7 +30,7 @@ Shape suffixes: N outputs, K inputs, G groups, S inputs of a group, P panels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,22 @@ class Int4Format:
 
     def __str__(self) -> str:
         return f"int4-{self.group_size}" + ("" if self.symmetric else "-asymmetric")
+
+
+def asked_format(
+    group_size: int, symmetric: bool, in_features: Sequence[int], dtype: torch.dtype
+) -> Int4Format:
+    """Return the format that a rule asks for, for matrices of so many inputs.
+
+    Raises ValueError where there is none such, groups do not divide the inputs, or activations are
+    neither fp16 nor bf16.
+    """
+    asked = Int4Format(group_size, symmetric)
+    for each in in_features:
+        asked.check(each)
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"takes float16 or bfloat16 activations, not {dtype}")
+    return asked
 
 
 @dataclass(frozen=True, slots=True)
