@@ -18,15 +18,8 @@ import triton
 import triton.language as tl
 
 from ktransformers.cache import LatentPages
-from ktransformers.operators.kernels.launch import is_interpreted, on_device_of
-from ktransformers.operators.kernels.mla_keys import (
-    LOG2_E,
-    attend_keys,
-    capability_of,
-    check_attention,
-    choose_tiles,
-    padded,
-)
+from ktransformers.operators.kernels.launch import on_device_of
+from ktransformers.operators.kernels.mla_keys import LOG2_E, attend_keys, padded, prepared
 from ktransformers.operators.kernels.mla_prefill import mla_prefill_reference
 
 MAX_PARTS = 64  # what the second pass holds at once
@@ -168,12 +161,11 @@ def mla_decode(
 
     Raises ValueError for arguments that do not fit together.
     """
-    check_attention(q_latent[:, None], q_rope[:, None], pages, valid)
-    (B, H, C), R = q_latent.shape, q_rope.shape[-1]
-    page, device = pages.latent.shape[1], q_latent.device
-    tiles = choose_tiles(H, capability_of(device))
-    head_tiles = triton.cdiv(H, tiles.rows)
-    S = parts or choose_parts(B * head_tiles, pages.block_table.shape[1] * page, device)
+    launch = prepared(decode_parts, q_latent[:, None], q_rope[:, None], pages, valid)
+    (B, H, C), device = q_latent.shape, q_latent.device
+    keys = pages.block_table.shape[1] * pages.latent.shape[1]
+    head_tiles = triton.cdiv(H, launch.rows)
+    S = parts or choose_parts(B * head_tiles, keys, device)
     part = torch.empty(B, H, S, C, dtype=torch.float32, device=device)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=device)
     out = torch.empty(B, H, C, dtype=q_latent.dtype, device=device)
@@ -181,30 +173,16 @@ def mla_decode(
         decode_parts[head_tiles, B, S](
             q_latent,
             q_rope,
-            pages.latent,
-            pages.scale,
-            pages.rope,
-            pages.block_table,
-            pages.lengths,
-            valid,
+            *launch.cached,
             part,
             lse,
             scaling * LOG2_E,
             H,
             *q_latent.stride()[:2],
             *q_rope.stride()[:2],
-            pages.block_table.stride(0),
-            0 if valid is None else valid.stride(0),
-            C=C,
-            R=R,
-            PAGE=page,
-            BLOCK_H=tiles.rows,
-            BLOCK_N=tiles.keys,
-            BLOCK_C=padded(C),
-            BLOCK_R=padded(R),
-            WIDEN=is_interpreted(decode_parts),
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            *launch.strides,
+            BLOCK_H=launch.rows,
+            **launch.constants,
         )
         columns = min(SUM_COLUMNS, padded(C))
         sum_parts[B * H, triton.cdiv(C, columns)](

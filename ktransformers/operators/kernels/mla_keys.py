@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ktransformers.cache import LatentPages
+from ktransformers.operators.kernels.launch import is_interpreted
 
 LOG2_E = math.log2(math.e)
 MIN_DOT = 16  # the least side of a product of tiles
@@ -39,6 +41,16 @@ class Tiles:
     keys: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What kernels over cached keys are told."""
+
+    rows: int  # of a tile
+    cached: tuple[torch.Tensor | None, ...]  # pages and valid, in the kernels' order
+    strides: tuple[int, int]  # of the table and of valid
+    constants: dict[str, Any]
 
 
 def choose_tiles(rows: int, capability: tuple[int, int]) -> Tiles:
@@ -136,6 +148,36 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
+def prepared(
+    kernel: Any,
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    pages: LatentPages,
+    valid: torch.Tensor | None,
+) -> Launch:
+    """Return what decode and prefill tell their kernels alike, of queries [B, T, H, C].
+
+    Raises ValueError for arguments that do not fit together.
+    """
+    check_attention(q_latent, q_rope, pages, valid)
+    (_, T, H, C), R = q_latent.shape, q_rope.shape[-1]
+    tiles = choose_tiles(T * H, capability_of(q_latent.device))
+    cached = pages.latent, pages.scale, pages.rope, pages.block_table, pages.lengths, valid
+    strides = pages.block_table.stride(0), 0 if valid is None else valid.stride(0)
+    constants = {
+        "C": C,
+        "R": R,
+        "PAGE": pages.latent.shape[1],
+        "BLOCK_N": tiles.keys,
+        "BLOCK_C": padded(C),
+        "BLOCK_R": padded(R),
+        "WIDEN": is_interpreted(kernel),
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    return Launch(tiles.rows, cached, strides, constants)
+
+
 def check_attention(
     q_latent: torch.Tensor,
     q_rope: torch.Tensor,
@@ -172,6 +214,8 @@ def check_attention(
     ]
     if (pages.latent.dtype == torch.float8_e4m3fn) != (pages.scale is not None):
         wrong.append("scale: there is one for float8_e4m3fn latents, and for those alone")
+    if not (pages.latent.is_contiguous() and pages.rope.is_contiguous()):
+        wrong.append("latent, rope: lie in rows of both, expected them apart")
     if page % (2 * KEYS):
         wrong.append(f"latent: pages of {page} tokens, expected a multiple of {2 * KEYS}")
     if wrong:

@@ -13,15 +13,8 @@ import triton
 import triton.language as tl
 
 from ktransformers.cache import LatentPages
-from ktransformers.operators.kernels.launch import is_interpreted, on_device_of
-from ktransformers.operators.kernels.mla_keys import (
-    LOG2_E,
-    attend_keys,
-    capability_of,
-    check_attention,
-    choose_tiles,
-    padded,
-)
+from ktransformers.operators.kernels.launch import on_device_of
+from ktransformers.operators.kernels.mla_keys import LOG2_E, attend_keys, prepared
 
 
 @triton.jit
@@ -126,40 +119,23 @@ def mla_prefill(
 
     Raises ValueError for arguments that do not fit together.
     """
-    check_attention(q_latent, q_rope, pages, valid)
+    launch = prepared(prefill_rows, q_latent, q_rope, pages, valid)
     B, T, H, C = q_latent.shape
-    R, page = q_rope.shape[-1], pages.latent.shape[1]
-    tiles = choose_tiles(T * H, capability_of(q_latent.device))
     out = torch.empty(B, T, H, C, dtype=q_latent.dtype, device=q_latent.device)
-    grid = (triton.cdiv(T * H, tiles.rows), B)
     with on_device_of(prefill_rows, q_latent):
-        prefill_rows[grid](
+        prefill_rows[triton.cdiv(T * H, launch.rows), B](
             q_latent,
             q_rope,
             out,
-            pages.latent,
-            pages.scale,
-            pages.rope,
-            pages.block_table,
-            pages.lengths,
-            valid,
+            *launch.cached,
             scaling * LOG2_E,
             T,
             H,
             *q_latent.stride()[:3],
             *q_rope.stride()[:3],
-            pages.block_table.stride(0),
-            0 if valid is None else valid.stride(0),
-            C=C,
-            R=R,
-            PAGE=page,
-            BLOCK_M=tiles.rows,
-            BLOCK_N=tiles.keys,
-            BLOCK_C=padded(C),
-            BLOCK_R=padded(R),
-            WIDEN=is_interpreted(prefill_rows),
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            *launch.strides,
+            BLOCK_M=launch.rows,
+            **launch.constants,
         )
     return out
 
