@@ -9,6 +9,9 @@ A layer's pages lie on the device of the latents that come. Memory for the limit
 on the CPU as addresses alone, which the system fills page by page, as tokens come; on a GPU at
 once. Whoever asks for more than the limit is told so before any layer works.
 
+Latents and rope parts lie apart, unless an operator makes room for rows of both: a layer is laid
+out anew for whoever comes.
+
 **CUDA graphs.** What attention reads, the pages, their table and the lengths, stays at its
 addresses and is changed in place, while batch and limit stay. So a step that was recorded after
 `make_room_in_all(B, T)` is replayed after another: nothing inside needs the host.
@@ -56,14 +59,25 @@ class LatentPages:
     rope: torch.Tensor  # [P, page, R]
     block_table: torch.Tensor  # int32 [B, pages of a sequence]
     lengths: torch.Tensor  # int32 [B]: cached tokens, the new ones included
+    rows: torch.Tensor | None = None  # [P, page, C + R], where latent and rope are columns of one
+    # The version of block_table, which is changed in place, and what all lengths are; None where
+    # the host does not know.
+    shown: tuple[int, int] | None = None
 
     @classmethod
     def of_sequences(
-        cls, latent: torch.Tensor, rope: torch.Tensor, length: int, page: int | None = None
+        cls,
+        latent: torch.Tensor,
+        rope: torch.Tensor,
+        length: int,
+        page: int | None = None,
+        *,
+        in_rows: bool = False,
     ) -> LatentPages:
         """Take the first `length` rows of [B, >= L, C] and [B, >= L, R].
 
-        In one page per sequence, which is no copy, or in pages of so many tokens.
+        In one page per sequence, which is no copy, or in pages of so many tokens; `in_rows`: both
+        side by side, which is one.
         """
         B, each, device = latent.shape[0], 1, latent.device
         if page is not None:
@@ -75,7 +89,12 @@ class LatentPages:
             )
         table = torch.arange(B * each, dtype=torch.int32, device=device).view(B, each)
         lengths = torch.full((B,), length, dtype=torch.int32, device=device)
-        return cls(latent.contiguous(), None, rope.contiguous(), table, lengths)
+        rows = torch.cat((latent, rope), dim=-1) if in_rows else None
+        if rows is None:
+            latent, rope = latent.contiguous(), rope.contiguous()
+        else:
+            latent, rope = rows.split((latent.shape[-1], rope.shape[-1]), dim=-1)
+        return cls(latent, None, rope, table, lengths, rows, (0, length))
 
 
 class LatentLayer(CacheLayerMixin):
@@ -84,6 +103,11 @@ class LatentLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
+    latent: torch.Tensor  # these as in LatentPages
+    scale: torch.Tensor | None
+    rope: torch.Tensor
+    rows: torch.Tensor | None
+
     def __init__(self, table: PageTable, C: int, R: int, max_tokens: int, format: Format) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers'
         self.table = table
@@ -91,10 +115,25 @@ class LatentLayer(CacheLayerMixin):
         self.max_tokens = max_tokens
         self.length = 0
         self.reserved = 0  # pages
-        latent, rope = DTYPES[format]
-        self.latent = torch.empty(0, PAGE_TOKENS, C, dtype=latent)
-        self.scale = torch.empty(0, PAGE_TOKENS) if format in SCALED else None
-        self.rope = torch.empty(0, PAGE_TOKENS, R, dtype=rope)
+        self._widths = C, R
+        self._lay_out(0, torch.device("cpu"), in_rows=False)
+
+    def _lay_out(self, pages: int, device: torch.device, *, in_rows: bool) -> None:
+        """Hold so many pages, uninitialised. Raises RuntimeError, as torch does, for no memory."""
+        (C, R), (latent, rope) = self._widths, DTYPES[self.format]
+        shape, scale, rows = (pages, PAGE_TOKENS), None, None
+        with torch.inference_mode(False):  # they may outlive that mode, and be written to
+            if in_rows:
+                rows = torch.empty(*shape, C + R, dtype=latent, device=device)
+                made = rows.split((C, R), dim=-1)
+            else:
+                made = (
+                    torch.empty(*shape, C, dtype=latent, device=device),
+                    torch.empty(*shape, R, dtype=rope, device=device),
+                )
+            if self.format in SCALED:
+                scale = torch.empty(shape, device=device)
+        (self.latent, self.rope), self.scale, self.rows = made, scale, rows
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what holds values, by name."""
@@ -110,35 +149,41 @@ class LatentLayer(CacheLayerMixin):
         """Where the values lie."""
         return self.latent.device
 
-    def reserve(self, device: torch.device | None = None) -> None:
-        """Have room for all sequences at the limit, on a device if one is given.
+    def reserve(self, device: torch.device | None = None, in_rows: bool | None = None) -> None:
+        """Have room for all sequences at the limit, on a device and in a layout if they are given.
 
         What was there stays, or moves. Raises ValueError where the format can't be on that
-        device, MemoryError where there is no room.
+        device or in rows, MemoryError where there is no room.
         """
         pages = self.table.batch * self.pages_each()
-        if self.reserved >= pages and (device is None or device == self.device):
-            return
         device = self.device if device is None else device
+        in_rows = self.rows is not None if in_rows is None else in_rows
+        here = (device, in_rows) == (self.device, self.rows is not None)
+        if self.reserved >= pages and here:
+            return
         check_format(self.format, device)
+        if in_rows and self.format in SCALED:
+            raise ValueError(f"{self.format} latents do not lie in rows with their rope parts")
         pages = max(pages, self.reserved)
-        for name, old in self.tensors().items():
-            shape = (pages, *old.shape[1:])
-            try:
-                with torch.inference_mode(False):  # it may outlive that mode, and be written to
-                    new = torch.empty(shape, dtype=old.dtype, device=device)
-            except RuntimeError as error:
-                raise MemoryError(
-                    f"{'the system' if device.type == 'cpu' else device} refuses "
-                    f"{math.prod(shape) * old.itemsize:,} bytes for a layer of a cache of "
-                    f"{self.table.batch:,} x {self.max_tokens:,} tokens; lower max_tokens "
-                    "(--cache_lens)"
-                ) from error
-            used = min(self.table.top, len(old))
-            new[:used] = old[:used]
-            setattr(self, name, new)
+        old = self.tensors()
+        try:
+            self._lay_out(pages, device, in_rows=in_rows)
+        except RuntimeError as error:
+            nbytes = sum(pages * math.prod(t.shape[1:]) * t.itemsize for t in old.values())
+            raise MemoryError(
+                f"{'the system' if device.type == 'cpu' else device} refuses {nbytes:,} bytes for "
+                f"a layer of a cache of {self.table.batch:,} x {self.max_tokens:,} tokens; lower "
+                "max_tokens (--cache_lens)"
+            ) from error
+        self._take_over(old)
         self.reserved = pages
         self.is_initialized = True
+
+    def _take_over(self, old: dict[str, torch.Tensor]) -> None:
+        """Copy the pages in use."""
+        used = min(self.table.top, len(old["latent"]))
+        for name, new in self.tensors().items():
+            new[:used] = old[name][:used]
 
     def pages_each(self) -> int:
         """Return the pages of a sequence at the limit."""
@@ -166,7 +211,15 @@ class LatentLayer(CacheLayerMixin):
     def pages(self, new: int = 0) -> LatentPages:
         """Return what attention reads, with room for new tokens that are reserved."""
         table = self.table.on(self.device, self.pages_each(), self.length + new)
-        return LatentPages(self.latent, self.scale, self.rope, table.block_table, table.lengths)
+        return LatentPages(
+            self.latent,
+            self.scale,
+            self.rope,
+            table.block_table,
+            table.lengths,
+            self.rows,
+            table.shown,
+        )
 
     def gather(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all cached tokens, latent [B, 1, L, C] and rope [B, 1, L, R]."""
@@ -207,10 +260,8 @@ class LatentLayer(CacheLayerMixin):
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin.table = copy.deepcopy(self.table, memo)
-        for name, tensor in self.tensors().items():  # what was never used has no memory yet
-            fresh = torch.empty_like(tensor)
-            fresh[: self.table.top] = tensor[: self.table.top]
-            setattr(twin, name, fresh)
+        twin._lay_out(len(self.latent), self.device, in_rows=self.rows is not None)
+        twin._take_over(self.tensors())  # what was never used has no memory yet
         return twin
 
 
@@ -304,18 +355,27 @@ class LatentCache(Cache):
         Raises ValueError where they do not fit, come for another number of sequences, or are of
         another model.
         """
-        self._prepare(layer_idx, latent.shape, rope.shape[-1], latent.device)
+        self._prepare(layer_idx, latent.shape, rope.shape[-1], latent.device, in_rows=False)
         return self.layers[layer_idx].append(latent, rope)
 
     def make_room(
-        self, layer_idx: int, B: int, T: int, C: int, R: int, device: torch.device | None = None
+        self,
+        layer_idx: int,
+        B: int,
+        T: int,
+        C: int,
+        R: int,
+        device: torch.device | None = None,
+        *,
+        in_rows: bool | None = False,
     ) -> LatentPages:
         """Return where to write T new tokens of a layer: the last of each sequence.
 
-        On a device, if one is given, or where the layer is. They count as cached once `wrote` says
-        so. Raises ValueError as `append` does.
+        On a device, if one is given, or where the layer is, in rows of both parts or apart; None:
+        as the layer is. They count as cached once `wrote` says so. Raises ValueError as `append`
+        does.
         """
-        self._prepare(layer_idx, (B, T, C), R, device)
+        self._prepare(layer_idx, (B, T, C), R, device, in_rows)
         return self.layers[layer_idx].pages(new=T)
 
     def wrote(self, layer_idx: int, T: int) -> None:
@@ -329,7 +389,7 @@ class LatentCache(Cache):
         for the caller to say.
         """
         _, C, R = self._sizes
-        first = self.make_room(0, B, T, C, R)
+        first = self.make_room(0, B, T, C, R, in_rows=None)
         for layer in self.layers:
             assert layer.length == self.layers[0].length
             layer.reserve()
@@ -351,7 +411,12 @@ class LatentCache(Cache):
         return super().update(key_states, value_states, layer_idx)
 
     def _prepare(
-        self, layer_idx: int, latent: Sequence[int], R: int, device: torch.device | None
+        self,
+        layer_idx: int,
+        latent: Sequence[int],
+        R: int,
+        device: torch.device | None,
+        in_rows: bool | None = None,
     ) -> None:
         """Have pages for new tokens in every sequence, of shapes [B, T, C] and [B, T, R]."""
         B, T, C = latent
@@ -360,7 +425,7 @@ class LatentCache(Cache):
         self.check_request(B, layer.length + T)
         if self.table.batch != B:
             self.table.start(B)
-        layer.reserve(device)
+        layer.reserve(device, in_rows)
         copies = self.table.reserve(layer.length, layer.length + T)
         if copies:
             source, target = torch.tensor(copies).unbind(1)

@@ -28,17 +28,17 @@ class TableCopy:
         with torch.inference_mode(False):  # it may outlive that mode, and be written to
             self.block_table = torch.zeros(batch, pages, dtype=torch.int32, device=device)
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._shown: tuple[int, int] | None = None  # the table's version, and a length
+        self.shown = (-1, -1)  # the table's version, and a length
 
     def show(self, table: PageTable, length: int) -> None:
         """Hold what the table says, and a length for every sequence; touch no more than differs."""
-        version, old = self._shown or (-1, -1)
+        version, old = self.shown
         if version != table.version:
             rows = table.tensor()
             self.block_table[:, : rows.shape[1]] = rows.to(self.block_table.device)
         if old != length:
             self.lengths.fill_(length)
-        self._shown = table.version, length
+        self.shown = table.version, length
 
 
 class PageTable:

@@ -1,8 +1,9 @@
 """Multi-head latent attention on a GPU, for DeepSeek-V2, V3 and what shares their attention.
 
 `ktransformers.latent_attention` has the formula; here it is always the absorbed form, in Triton
-(`kernels/mla_*.py`). A `LatentCache` is read and written in place, any other through what its
-`update` returns. Modules inside that no rule takes go to the GPU with the operator.
+(`kernels/mla_*.py`) or a package that a rule names, which layers on one GPU share. A `LatentCache`
+is read and written in place, any other through what its `update` returns. Modules inside that no
+rule takes go to the GPU with the operator.
 
 **CUDA graphs.** A step of one new token per sequence of a `LatentCache`, without a mask, can be
 recorded after `make_room_in_all(B, 1)`, once it has run before: lengths and page tables are read on
@@ -14,6 +15,8 @@ written, which it is not: `cut` it off.) A replay is
     for layer in range(num_layers):
         cache.wrote(layer, 1)
 
+FlashInfer plans on the host and refuses to be recorded.
+
 Shape suffixes: those of `latent_attention`.
 """
 
@@ -21,8 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -34,8 +36,8 @@ from ktransformers.base import Checkpoint, Footprint, Operator, Site
 from ktransformers.cache import LatentCache, LatentPages
 from ktransformers.cache_pages import PAGE_TOKENS
 from ktransformers.cache_rounding import check_format
-from ktransformers.checkpoint import check_finite, read_checked
-from ktransformers.gpu_options import check_gpu, gpu_device, triton_on, within_reach
+from ktransformers.gpu_operator import GpuOperator
+from ktransformers.gpu_options import check_gpu, gpu_device
 from ktransformers.latent_attention import (
     DeepseekV2,
     DeepseekV3,
@@ -46,13 +48,22 @@ from ktransformers.latent_attention import (
 
 Kernel = Literal["triton", "flashinfer", "flashmla"]
 CacheFormat = Literal["bf16", "fp8"]
-PACKAGES = {  # of other kernels: what is imported, and how it is installed
-    "flashinfer": ("flashinfer", "pip install flashinfer-python"),
-    "flashmla": ("flash_mla", "pip install git+https://github.com/deepseek-ai/FlashMLA"),
-}
+
+if TYPE_CHECKING:
+    from ktransformers.operators.kernels.mla_kernel import MlaKernel
 
 
-class GpuMlaAttention(LatentAttention):
+def _new_kernel(name: Kernel) -> MlaKernel:
+    """Return what computes under a name; none of it is imported before a rule is understood."""
+    from ktransformers.operators.kernels.mla_flashinfer import FlashInferMla
+    from ktransformers.operators.kernels.mla_flashmla import FlashMla
+    from ktransformers.operators.kernels.mla_kernel import TritonMla
+
+    kinds = {"triton": TritonMla, "flashinfer": FlashInferMla, "flashmla": FlashMla}
+    return kinds[name]()
+
+
+class GpuMlaAttention(LatentAttention, GpuOperator):
     """Compute latent attention on a GPU, its halves of kv_b_proj in the model's dtype."""
 
     uk: torch.Tensor  # [H, Dn, C]
@@ -63,7 +74,7 @@ class GpuMlaAttention(LatentAttention):
     ):
         super().__init__(module, site)
         self.device = site.device
-        self.kernel = kernel
+        self.kernel = _new_kernel(kernel)
         self.cache_format = cache_format
         self.is_loaded = False
         self.register_packed()
@@ -99,22 +110,39 @@ class GpuMlaAttention(LatentAttention):
         if site.dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"takes bfloat16 or float32 activations, not {site.dtype}")
         placed = replace(site, device=gpu_device(device))
-        return kind(module, placed, kernel=kernel, cache_format=cache_format)  # type: ignore[return-value]  # a subclass
+        operator = kind(module, placed, kernel=kernel, cache_format=cache_format)
+        widths = operator.kv_lora_rank, operator.qk_rope_head_dim
+        operator.kernel.check_sizes(operator.num_heads, *widths, site.dtype, cache_format)
+        return operator  # type: ignore[return-value]  # a subclass
+
+    def connect(self, operators: Mapping[str, Operator]) -> None:
+        """Share the kernel, and what it holds, with the other layers on this GPU."""
+        for other in operators.values():
+            if isinstance(other, GpuMlaAttention) and (other.kernel.name, other.device) == (
+                self.kernel.name,
+                self.device,
+            ):
+                self.kernel = other.kernel
+                return
 
     def check_machine(self) -> None:
         """Refuse a machine without the GPU, without the kernel, or whose GPU has no fp8."""
-        if self.kernel != "triton":
-            package, command = PACKAGES[self.kernel]
-            if find_spec(package) is None:
-                raise ValueError(f"kernel {self.kernel} is not installed: {command}")
-            raise ValueError(f"kernel {self.kernel} is not supported by this version: take triton")
+        if torch.version.hip is not None:
+            # Compiled for gfx942 tiles take 108 KiB of its 64 of shared memory, or spill.
+            raise ValueError("latent attention has no tiles for AMD's GPUs: leave it on the CPU")
+        self.kernel.check_installed()
         check_gpu(self.device)
+        self.kernel.check_machine(self.device)
         if self.cache_format is not None:
             check_format(self.cache_format, self.device)
 
     def computed_by(self) -> str:
-        """Name Triton and the GPU."""
-        return triton_on(self.device)
+        """Name the kernel with its version, and the GPU."""
+        return self.kernel.named(self.device)
+
+    def graph_obstacle(self) -> str | None:
+        """Say why a step can't be recorded; None where it can."""
+        return self.kernel.graph_obstacle
 
     def packed_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name both halves of kv_b_proj."""
@@ -143,24 +171,18 @@ class GpuMlaAttention(LatentAttention):
         Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity;
         MemoryError where the GPU has no room.
         """
-        ((name, shape),) = self.weight_shapes().items()
-        weight = read_checked(checkpoint, name, shape)
-        check_finite(checkpoint, name, weight)
+        (weight,) = self.read_weights(checkpoint).values()
         heads = weight.to(self.site.dtype).unflatten(0, (self.num_heads, -1))
         uk, uv = heads.split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
         self.use_packed({"uk": uk, "uv": uv.transpose(1, 2)})
 
     def use_packed(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Bring the halves to the GPU, and with them the modules that no rule took."""
-        home = within_reach(self.device)
-        try:
-            for name in self.packed_layout():
-                setattr(self, name, tensors[name].to(home).contiguous())
+        self.bring(tensors)
+        with self.filling_gpu() as home:
             for child in self.children():
                 if not isinstance(child, Operator) and not _is_on_meta(child):  # `pack` leaves them
                     child.to(home)
-        except torch.OutOfMemoryError as error:
-            raise self.no_memory() from error
         self.is_loaded = True
 
     def attend(
@@ -188,45 +210,46 @@ class GpuMlaAttention(LatentAttention):
         cache: Cache | None,
     ) -> torch.Tensor:
         """See `LatentAttention.compute`."""
-        # Bring Triton, which packing and looking at plans do without.
-        from ktransformers.operators.kernels.mla_decode import mla_decode
-        from ktransformers.operators.kernels.mla_prefill import mla_prefill
-
         (B, T), queries = latent.shape[:2], q.shape[1]
-        pages, L = self._cached(latent, k_rope, cache)
+        L = T if cache is None else T + int(cache.get_seq_length(self.layer_idx))
         valid = valid_keys(attention_mask, T, L)
+        if valid is not None and not self.kernel.takes_padding:
+            raise RuntimeError(
+                self._refusal(
+                    f"kernel {self.kernel.name} takes no padding: give sequences of one length, or "
+                    "take triton"
+                )
+            )
         valid = None if valid is None else valid.to(self.device)
+        pages = self._cached(latent, k_rope, cache)
         q_nope, q_rope = q.flatten(0, 1).split((self.qk_nope_head_dim, self.qk_rope_head_dim), -1)
         # A product per head, [H, B * T, Dn] @ [H, Dn, C]; kernels read the result as it lies.
         q_latent = torch.bmm(q_nope.transpose(0, 1), self.uk).transpose(0, 1)
-        if queries == 1:
-            out = mla_decode(q_latent, q_rope, pages, scaling=self.scaling, valid=valid)
-        else:
-            q_latent, q_rope = (x.unflatten(0, (B, queries)) for x in (q_latent, q_rope))
-            out = mla_prefill(q_latent, q_rope, pages, scaling=self.scaling, valid=valid)
-            out = out.flatten(0, 1)
-        values = torch.bmm(out.transpose(0, 1), self.uv)
+        q_latent, q_rope = (x.unflatten(0, (B, queries)) for x in (q_latent, q_rope))
+        out = self.kernel.attend(q_latent, q_rope, pages, scaling=self.scaling, valid=valid)
+        values = torch.bmm(out.flatten(0, 1).transpose(0, 1), self.uv)
         return values.transpose(0, 1).reshape(B, queries, -1)
 
-    def _cached(
-        self, latent: torch.Tensor, rope: torch.Tensor, cache: Cache | None
-    ) -> tuple[LatentPages, int]:
-        """Cache the new tokens; return all there are, and how many of each sequence."""
+    def _cached(self, latent: torch.Tensor, rope: torch.Tensor, cache: Cache | None) -> LatentPages:
+        """Cache the new tokens; return all there are."""
+        in_rows = self.kernel.in_rows
         if not isinstance(cache, LatentCache):
             latent, rope, L = self.updated(latent, rope, cache)
-            return LatentPages.of_sequences(latent, rope, L, PAGE_TOKENS), L
-        from ktransformers.operators.kernels.mla_append import mla_append  # as above
+            return LatentPages.of_sequences(latent, rope, L, PAGE_TOKENS, in_rows=in_rows)
+        # Brings Triton, which packing and looking at plans do without.
+        from ktransformers.operators.kernels.mla_append import mla_append
 
         B, T, C = latent.shape
-        pages = cache.make_room(self.layer_idx, B, T, C, rope.shape[-1], latent.device)
+        sizes = (B, T, C, rope.shape[-1])
+        pages = cache.make_room(self.layer_idx, *sizes, latent.device, in_rows=in_rows)
         mla_append(latent, rope, pages)
         cache.wrote(self.layer_idx, T)
-        return pages, cache.get_seq_length(self.layer_idx)
+        return pages
 
     def extra_repr(self) -> str:
         """Show sizes, kernel and device where the module tree is printed."""
         sizes = f"num_heads={self.num_heads}, kv_lora_rank={self.kv_lora_rank}"
-        return f"{sizes}, kernel={self.kernel}, device={self.device}"
+        return f"{sizes}, kernel={self.kernel.name}, device={self.device}"
 
 
 def _to(angles: Any, device: torch.device) -> Any:

@@ -270,8 +270,8 @@ def test_a_machine_without_a_gpu_is_told_so_before_anything_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "reason"),
     [
-        ({"kernel": "flashinfer"}, "kernel flashinfer is not installed: pip install flashinfer"),
-        ({"kernel": "flashmla"}, "kernel flashmla is not installed: pip install git+https://"),
+        ({"kernel": "flashinfer"}, "kernel flashinfer takes bfloat16, not torch.float32"),
+        ({"kernel": "flashmla"}, "kernel flashmla takes bfloat16, not torch.float32"),
         ({"kernel": "cuda"}, "kernel 'cuda' is not supported (expected triton, flashinfer, flash"),
         ({"cache_format": "int8"}, "cache_format 'int8' is not supported (expected bf16, fp8)"),
         ({"device": "gpu"}, "device 'gpu' is not a GPU: expected such as cuda:0"),
@@ -296,6 +296,12 @@ def test_fp8_is_refused_where_the_gpu_has_none(
     with pytest.raises(RuleError, match=r"fp8 latents need .* 8\.9 or later, and cuda:0 is a A10"):
         optimize_and_load(config, rules("cuda:0", cache_format="fp8"), checkpoint="/nowhere")
     assert gpu_options.interpreting() or device.type == "cuda"
+
+
+def test_a_gpu_of_amd_is_refused(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(RuleError, match="latent attention has no tiles for AMD's GPUs"):
+        optimize_and_load(random_model(v3_config(**SMALL)), rules(device))
 
 
 def test_importing_the_operator_loads_no_kernels() -> None:

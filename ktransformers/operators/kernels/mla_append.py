@@ -32,6 +32,8 @@ def append_token(
     rope_stride_b,
     rope_stride_t,
     table_stride,
+    latent_row,  # how far a token's row is from the last; pages lie one after another
+    rope_row,
     C: tl.constexpr,
     R: tl.constexpr,
     PAGE: tl.constexpr,
@@ -45,9 +47,9 @@ def append_token(
     page = tl.load(table_ptr + b * table_stride + position // PAGE).to(tl.int64)
     row = page * PAGE + position % PAGE
     latent = tl.load(new_latent_ptr + b * latent_stride_b + t * latent_stride_t + c, mask=c < C)
-    tl.store(latent_ptr + row * C + c, latent, mask=c < C)
+    tl.store(latent_ptr + row * latent_row + c, latent, mask=c < C)
     rope = tl.load(new_rope_ptr + b * rope_stride_b + t * rope_stride_t + r, mask=r < R)
-    tl.store(rope_ptr + row * R + r, rope, mask=r < R)
+    tl.store(rope_ptr + row * rope_row + r, rope, mask=r < R)
     if scale_ptr is not None:
         tl.store(scale_ptr + row, tl.load(new_scale_ptr + b * T + t))
 
@@ -55,7 +57,7 @@ def append_token(
 def mla_append(latent: torch.Tensor, rope: torch.Tensor, pages: LatentPages) -> None:
     """Write new tokens, [B, T, C] and [B, T, R], as the last of each sequence that lengths count.
 
-    Raises ValueError for shapes that do not fit together.
+    Raises ValueError for shapes and strides that do not fit together.
     """
     (B, T, C), R = latent.shape, rope.shape[-1]
     P, page = pages.latent.shape[:2]
@@ -64,6 +66,9 @@ def mla_append(latent: torch.Tensor, rope: torch.Tensor, pages: LatentPages) -> 
     if found != wanted:
         names = "rope, pages of latents and of rope parts, lengths"
         raise ValueError(f"{names} of shapes {found}, expected {wanted}")
+    for values in (pages.latent, pages.rope):
+        if values.stride() != (page * values.stride(1), values.stride(1), 1):
+            raise ValueError(f"pages of strides {values.stride()}, expected them one after another")
     into, scale = pages.latent, None
     if pages.scale is None:
         latent = latent.to(into.dtype)
@@ -86,6 +91,8 @@ def mla_append(latent: torch.Tensor, rope: torch.Tensor, pages: LatentPages) -> 
             *latent.stride()[:2],
             *rope.stride()[:2],
             pages.block_table.stride(0),
+            into.stride(1),
+            pages.rope.stride(1),
             C=C,
             R=R,
             PAGE=page,
