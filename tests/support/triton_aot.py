@@ -1,12 +1,15 @@
 """Triton kernels compiled ahead of time, for GPUs that are not here, and what came of it.
 
 A kernel that Triton's interpreter runs in this process cannot be compiled in it: `compile_all`
-does that in a process of its own, without TRITON_INTERPRET. There `compile_for` compiles one.
+does that in a process of its own, without TRITON_INTERPRET, which has one for each processor.
+There `compile_for` compiles one. Triton keeps the results by the hash of source and options, here
+in build/, which `make clean` removes.
 """
 
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import pickle
 import re
@@ -18,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+KEPT = Path(__file__).parents[2] / "build" / "triton"
 ALIGNED = ":16"  # after a type: a pointer or integer that 16 divides
 
 
@@ -57,6 +61,7 @@ class Compiled:
 def compile_all(jobs: Sequence[Job]) -> list[Compiled]:
     """Compile in a process of its own. Raises CalledProcessError, whose stderr is shown."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment.setdefault("TRITON_CACHE_DIR", str(KEPT))
     result = subprocess.run(
         [sys.executable, __file__],
         input=pickle.dumps(jobs),
@@ -128,14 +133,19 @@ def _amd(text: str, shared: int) -> Resources:
     return Resources(int(found["vgpr_count"]), int(found["vgpr_spill_count"]), shared)
 
 
+def _compile(job: Job) -> Compiled:
+    module, _, name = job.kernel.partition(":")
+    kernel = getattr(importlib.import_module(module), name)
+    how = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    return compile_for(kernel, job.signature, job.constexprs, job.target, **how)
+
+
 def _main() -> None:
     jobs: Sequence[Job] = pickle.loads(sys.stdin.buffer.read())
-    compiled = []
-    for job in jobs:
-        module, _, name = job.kernel.partition(":")
-        kernel = getattr(importlib.import_module(module), name)
-        how = {"num_warps": job.num_warps, "num_stages": job.num_stages}
-        compiled.append(compile_for(kernel, job.signature, job.constexprs, job.target, **how))
+    for job in jobs:  # imported once, before processes part
+        importlib.import_module(job.kernel.partition(":")[0])
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        compiled = pool.map(_compile, jobs, chunksize=1)
     sys.stdout.buffer.write(pickle.dumps(compiled))
 
 
