@@ -13,6 +13,7 @@ import pytest
 
 from compiled_kernels import AMD, NVIDIA, SHARED, C, Case, cases, tiles_of
 from ktransformers.operators import kernels
+from ktransformers.operators.kernels.expert_upload import BLOCK as UPLOADED
 from ktransformers.operators.kernels.int4_weight import Int4Format
 from triton_aot import Compiled
 
@@ -104,6 +105,17 @@ def test_a_token_is_moved_by_a_load_and_a_store_of_each_part(
     wide = r"v2\.b32" if case.kind == "bf16" else r"b32"
     assert compiled[case].count(rf"ld\.global\S*\.{wide}") > 0
     assert compiled[case].count(r"st\.global") == (2 if case.kind == "bf16" else 3)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in ON_NVIDIA if case.kernel == "expert_upload_kernel"], ids=str
+)
+def test_an_upload_reads_and_writes_16_bytes_a_thread(
+    case: Case, compiled: dict[Case, Compiled]
+) -> None:
+    times = UPLOADED // 128 // 2  # 128 threads, two words at a time
+    assert compiled[case].count(r"ld\.global\.v2\.b64") == times
+    assert compiled[case].count(r"st\.global\.v2\.b64") == times
 
 
 @pytest.mark.parametrize("case", [case for case in ALL if case.target == AMD], ids=str)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ktransformers.operators.kernels.expert_upload import BLOCK as UPLOADED
 from ktransformers.operators.kernels.int4_experts import choose_block
 from ktransformers.operators.kernels.int4_linear import choose_tiles as linear_tiles
 from ktransformers.operators.kernels.int4_weight import Int4Format
@@ -73,7 +74,8 @@ def cases() -> list[Case]:
         experts = EXPERTS[1:3] if fewer else EXPERTS
         found += [Case("int4_linear_kernel", target, *each) for each in linear]
         found += [Case("int4_experts_kernel", target, *each) for each in experts]
-        found += [Case(name, target) for name in ("split_sum_kernel", "sum_parts")]
+        alone = ("split_sum_kernel", "sum_parts", "expert_upload_kernel")
+        found += [Case(name, target) for name in alone]
         for cache in ("bf16",) if target == "sm_80" else ("bf16", "fp8e4nv"):
             found += [Case("decode_parts", target, rows, kind=cache) for rows in (16, 128)]
             found.append(Case("prefill_rows", target, MANY, kind=cache))
@@ -86,6 +88,7 @@ def job(case: Case) -> Job:
     return {
         "int4_linear_kernel": _linear,
         "int4_experts_kernel": _experts,
+        "expert_upload_kernel": _upload,
         "split_sum_kernel": _split_sum,
         "decode_parts": _attention,
         "prefill_rows": _attention,
@@ -155,6 +158,12 @@ def _experts(case: Case) -> Job:
     absent += ["zero_point", "sums"] if case.format.symmetric else []
     how = {"num_warps": 4, "num_stages": 5} if block_m <= 16 else {"num_warps": 8, "num_stages": 3}
     return _job("int4_experts", case, signature, constexprs, absent, **how)
+
+
+def _upload(case: Case) -> Job:
+    signature = dict.fromkeys(("host", "slots", "experts", "targets"), "*i64:16")
+    signature |= {"EXPERTS": "i32", "WORDS": "i32:16"}
+    return _job("expert_upload", case, signature, {"BLOCK": UPLOADED})
 
 
 def _split_sum(case: Case) -> Job:
