@@ -43,6 +43,13 @@ class HostFunction(Protocol):
         """What both are called with."""
 
 
+class Event(Protocol):
+    """A point in a stream."""
+
+    def synchronize(self) -> None:
+        """Wait, here, until the stream has come to it."""
+
+
 class Graph(ABC):
     """Work that was recorded once, and everything that it refers to."""
 
@@ -100,6 +107,14 @@ class Stream(ABC):
     @abstractmethod
     def join(self, function: HostFunction, done: torch.Tensor | None) -> None:
         """Let what comes later in the stream wait for the work, at the word `done` if `by_flag`."""
+
+    @abstractmethod
+    def record(self) -> Event:
+        """Return the point that work has been handed in up to."""
+
+    @abstractmethod
+    def wait(self, event: Event) -> None:
+        """Let what comes later wait for a point in another stream."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -200,6 +215,15 @@ class CpuStream(Stream):
             self._do(partial(_wait_for_one, done.data_ptr()))
         self.note("join")
 
+    def record(self) -> Event:
+        """See `Stream`."""
+        self.note("record")
+        return _CpuEvent()
+
+    def wait(self, event: Event) -> None:
+        """See `Stream`; what came before has run."""
+        self.note("wait")
+
     def synchronize(self) -> None:
         """Return: nothing is ever left to wait for."""
 
@@ -219,6 +243,11 @@ class CpuStream(Stream):
         step()
         if isinstance(_here.graph, _CpuGraph):
             _here.graph.steps.append(step)
+
+
+class _CpuEvent:
+    def synchronize(self) -> None:
+        """Return: the stream was there when it was made."""
 
 
 def _call(address: int, arguments: int) -> None:
@@ -312,6 +341,14 @@ class CudaStream(Stream):
         equal = self._driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ.value
         # Pinned memory has one address for host and device.
         self._check(self._driver.cuStreamWaitValue32(self._handle(), done.data_ptr(), 1, equal))
+
+    def record(self) -> Event:
+        """See `Stream`."""
+        return torch.cuda.current_stream(self.device).record_event()  # type: ignore[no-any-return, no-untyped-call]  # torch leaves it untyped
+
+    def wait(self, event: Event) -> None:
+        """See `Stream`; the event is one of another `CudaStream`."""
+        torch.cuda.current_stream(self.device).wait_event(event)  # type: ignore[arg-type]  # its own
 
     def synchronize(self) -> None:
         """See `Stream`."""

@@ -90,6 +90,36 @@ def test_events_of_a_replay_are_those_of_the_first_run(by_flag: bool) -> None:
     assert out.tolist() == [3, 3]
 
 
+def test_streams_wait_for_one_another_in_a_replay_as_in_the_first_run() -> None:
+    events: list[str] = []
+    first, second = CpuStream(lambda e: events.append(f"first {e}")), CpuStream(events.append)
+    with first.capture() as graph:
+        event = first.record()
+        second.wait(event)
+        first.wait(second.record())
+    event.synchronize()
+    assert events == ["first record", "wait", "record", "first wait"]
+    graph.replay()
+    assert events == ["first record", "wait", "record", "first wait"] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_stream_of_a_gpu_waits_for_another() -> None:
+    pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
+    gpu = torch.device("cuda:0")
+    stream, side = CudaStream(gpu), torch.cuda.Stream(gpu)
+    x = torch.ones(1 << 24, device=gpu)
+    for _ in range(20):
+        x = x * 1.0625
+    event = stream.record()
+    with torch.cuda.stream(side):
+        CudaStream(gpu).wait(event)
+        y = x + 1
+        done = CudaStream(gpu).record()
+    done.synchronize()
+    assert torch.equal(y, x + 1)
+
+
 def test_copies_are_contiguous_and_of_the_moment() -> None:
     x = torch.arange(6.0).view(2, 3).t()
     host = CpuStream().copy_in(x)
