@@ -147,15 +147,19 @@ class ExpertsCall:
             graph.own(self._check)
         self._in_flight = graph is None
 
-    def join(self) -> torch.Tensor:
-        """Return the result on the device, [T, D], for which the stream waits.
+    def join(self, stream: Stream | None = None) -> torch.Tensor:
+        """Return the result, [T, D], on the device of a stream that waits for it.
+
+        Args:
+            stream: comes here after the submission; that of the submission if it is not given.
 
         Raises what went wrong in the work, unless it is recorded: then each replay does.
         """
-        self._stream.join(self._function, self._done)
-        out = self._stream.copy_out(self._out)
+        stream = stream or self._stream
+        stream.join(self._function, self._done)
+        out = stream.copy_out(self._out)
         if recorded_graph() is None:
-            self._stream.synchronize()
+            stream.synchronize()
             self._in_flight = False
             self._check()
         return out

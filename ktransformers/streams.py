@@ -17,9 +17,12 @@ import importlib
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -120,12 +123,24 @@ class Stream(ABC):
     def synchronize(self) -> None:
         """Wait, here, for all work so far."""
 
-    @abstractmethod
-    def capture(self) -> AbstractContextManager[Graph]:
-        """Record the work of a `with` block on this thread.
+    @contextmanager
+    def capture(self, *others: Stream) -> Iterator[Graph]:
+        """Record the work of a `with` block on this thread, that of other devices' streams too.
 
         Inputs, and what the block wrote, are read and written again in place by each replay.
         """
+        with self._recording(others) as graph:
+            for other in others:
+                other.wait(self.record())
+            try:
+                yield graph
+            finally:  # after an error too: a recording ends where all of its streams are together
+                for other in others:
+                    self.wait(other.record())
+
+    @abstractmethod
+    def _recording(self, others: Sequence[Stream]) -> AbstractContextManager[Graph]:
+        """Record what a `with` block hands to this stream, and to what waits for it."""
 
 
 class _Here(threading.local):
@@ -205,49 +220,77 @@ class CpuStream(Stream):
     def submit(self, function: HostFunction) -> None:
         """See `Stream`."""
         self.note("submit")
-        self._do(partial(_call, function.submit, function.arguments))
+        self.do(partial(_call, function.submit, function.arguments))
 
     def join(self, function: HostFunction, done: torch.Tensor | None) -> None:
         """See `Stream`."""
         if done is None:
-            self._do(partial(_call, function.sync, function.arguments))
+            self.do(partial(_call, function.sync, function.arguments))
         else:
-            self._do(partial(_wait_for_one, done.data_ptr()))
+            self.do(partial(_wait_for_one, done.data_ptr()))
         self.note("join")
 
     def record(self) -> Event:
         """See `Stream`."""
         self.note("record")
-        return _CpuEvent()
+        event = _CpuEvent()
+        self.do(_Reach(event))
+        return event
 
     def wait(self, event: Event) -> None:
-        """See `Stream`; what came before has run."""
+        """See `Stream`."""
+        assert isinstance(event, _CpuEvent)
+        self.do(_Wait(event))
         self.note("wait")
 
     def synchronize(self) -> None:
         """Return: nothing is ever left to wait for."""
 
     @contextmanager
-    def capture(self) -> Iterator[Graph]:
-        """See `Stream`; the work runs while it is recorded, too."""
+    def _recording(self, others: Sequence[Stream]) -> Iterator[Graph]:
+        """The work runs while it is recorded, too."""
         graph = _CpuGraph()
-        with torch.no_grad(), use(self, graph), _Recorder(graph.steps):
+        with torch.no_grad(), use(self, graph), _Recorder(graph):
             yield graph
 
     def note(self, event: str) -> None:
         """Tell of something, now and in each replay of what is being recorded."""
         if self._note is not None:
-            self._do(partial(self._note, event))
+            self.do(partial(self._note, event))
 
-    def _do(self, step: Callable[[], None]) -> None:
-        step()
+    def do(self, step: Callable[[], None]) -> None:
+        """Do what is no operation of torch, now and in each replay of what is being recorded."""
+        with _disable_current_modes():
+            step()
         if isinstance(_here.graph, _CpuGraph):
-            _here.graph.steps.append(step)
+            _here.graph.add(self, step)
 
 
 class _CpuEvent:
+    is_reached = False
+
     def synchronize(self) -> None:
         """Return: the stream was there when it was made."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """A step: the stream has come to an event."""
+
+    event: _CpuEvent
+
+    def __call__(self) -> None:
+        self.event.is_reached = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    """A step that may be taken once another stream has come to an event."""
+
+    event: _CpuEvent
+
+    def __call__(self) -> None:
+        assert self.event.is_reached
 
 
 def _call(address: int, arguments: int) -> None:
@@ -261,18 +304,39 @@ def _wait_for_one(address: int) -> None:
 
 
 class _CpuGraph(Graph):
+    """The steps of each stream, in order.
+
+    Streams that wait for nothing may take turns in any way: replays let the one that came first go
+    as far as it can, or the one that came last, by turns. So what no event orders does not pass.
+    """
+
     def __init__(self) -> None:
         super().__init__()
-        self.steps: list[Callable[[], None]] = []
+        self.steps: dict[Stream, list[Callable[[], None]]] = {}
+        self._last_first = False
+
+    def add(self, stream: Stream, step: Callable[[], None]) -> None:
+        self.steps.setdefault(stream, []).append(step)
 
     @torch.no_grad()
     def launch(self) -> None:
-        for step in self.steps:
-            step()
+        left = [deque(steps) for steps in self.steps.values()]
+        if self._last_first:
+            left.reverse()
+        self._last_first = not self._last_first
+        for step in chain(*left):
+            if isinstance(step, _Reach):
+                step.event.is_reached = False
+        while any(left):
+            next(steps for steps in left if steps and _may_run(steps[0])).popleft()()
+
+
+def _may_run(step: Callable[[], None]) -> bool:
+    return not isinstance(step, _Wait) or step.event.is_reached
 
 
 class _Recorder(TorchDispatchMode):
-    """Adds every operation of torch to a list."""
+    """Adds every operation of torch to a graph."""
 
     READS = (
         torch.ops.aten._local_scalar_dense.default,
@@ -280,9 +344,9 @@ class _Recorder(TorchDispatchMode):
         torch.ops.aten.equal.default,
     )
 
-    def __init__(self, steps: list[Callable[[], None]]):
+    def __init__(self, graph: _CpuGraph):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.steps = steps
+        self.graph = graph
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -293,7 +357,8 @@ class _Recorder(TorchDispatchMode):
                 "would go on with the value of now"
             )
         out = func(*args, **(kwargs or {}))
-        self.steps.append(partial(_again, func, args, kwargs or {}, tree_leaves(out)))
+        again = partial(_again, func, args, kwargs or {}, tree_leaves(out))
+        self.graph.add(stream_of(torch.device("cpu")), again)
         return out
 
 
@@ -322,6 +387,7 @@ class CudaStream(Stream):
                 "pip install 'ktransformers[gpu]'"
             ) from error
         self.device = device
+        self._one_at_a_time = threading.Lock()
         # Of several GPUs one may not wait in a host function: it could hold up another's.
         self.by_flag = torch.cuda.device_count() > 1
 
@@ -344,7 +410,7 @@ class CudaStream(Stream):
 
     def record(self) -> Event:
         """See `Stream`."""
-        return torch.cuda.current_stream(self.device).record_event()  # type: ignore[no-any-return, no-untyped-call]  # torch leaves it untyped
+        return torch.cuda.current_stream(self.device).record_event()  # type: ignore[no-any-return]  # torch leaves it untyped
 
     def wait(self, event: Event) -> None:
         """See `Stream`; the event is one of another `CudaStream`."""
@@ -355,17 +421,36 @@ class CudaStream(Stream):
         torch.cuda.current_stream(self.device).synchronize()
 
     @contextmanager
-    def capture(self) -> Iterator[Graph]:
-        """See `Stream`; nothing runs while it is recorded."""
-        graph = _CudaGraph(self)
-        # Relaxed: buffers of the host may be allocated while it is recorded.
-        recording = torch.cuda.graph(graph.graph, capture_error_mode="relaxed")
-        with torch.no_grad(), torch.cuda.device(self.device), use(self, graph), recording:
+    def _recording(self, others: Sequence[Stream]) -> Iterator[Graph]:
+        """Nothing runs while it is recorded."""
+        graph = _CudaGraph(self, others)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self._one_at_a_time)
+            for other in others:
+                assert isinstance(other, CudaStream)
+                torch.cuda.synchronize(other.device)
+                stack.enter_context(torch.cuda.stream(other._recorded))
+                # Torch keeps memory for a graph on the graph's own device alone.
+                graph.pools.append(torch.cuda.MemPool())
+                stack.enter_context(torch.cuda.use_mem_pool(graph.pools[-1], other.device))
+            stack.enter_context(torch.cuda.device(self.device))
+            stack.enter_context(use(self, graph))
+            # Relaxed: buffers of the host may be allocated while it is recorded.
+            recording = partial(torch.cuda.graph, capture_error_mode="relaxed")
+            stack.enter_context(recording(graph.graph, stream=self._recorded))
             yield graph
+
+    @cached_property
+    def _recorded(self) -> torch.cuda.Stream:
+        """The stream to record in: the default one can't be, and each gets buffers of cuBLAS."""
+        return torch.cuda.Stream(self.device)
 
     def _launch(self, address: int, arguments: int) -> None:
         function = self._runtime.cudaHostFn_t(address)
-        self._check(self._runtime.cudaLaunchHostFunc(self._handle(), function, arguments))
+        with torch.cuda.device(self.device):
+            result = self._runtime.cudaLaunchHostFunc(self._handle(), function, arguments)
+        self._check(result)
 
     def _handle(self) -> int:
         return int(torch.cuda.current_stream(self.device).cuda_stream)
@@ -376,14 +461,28 @@ class CudaStream(Stream):
 
 
 class _CudaGraph(Graph):
-    def __init__(self, stream: Stream) -> None:
+    _in_flight = False
+
+    def __init__(self, stream: Stream, others: Sequence[Stream]) -> None:
         super().__init__()
-        self.stream = stream
+        self.stream, self.others = stream, others
         self.graph = torch.cuda.CUDAGraph()
+        self.pools: list[torch.cuda.MemPool] = []  # of the others
 
     def launch(self) -> None:
+        for other in self.others:  # what it reads there may be on its way
+            self.stream.wait(other.record())
+        self._in_flight = True
         self.graph.replay()
+        for other in self.others:
+            other.wait(self.stream.record())
         self.stream.synchronize()
+        self._in_flight = False
+
+    def __del__(self) -> None:
+        # After Ctrl-C: it would call what is freed with it.
+        if self._in_flight:
+            torch.cuda.synchronize(self.stream.device)
 
 
 @lru_cache

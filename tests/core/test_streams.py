@@ -103,6 +103,67 @@ def test_streams_wait_for_one_another_in_a_replay_as_in_the_first_run() -> None:
     assert events == ["first record", "wait", "record", "first wait"] * 2
 
 
+def test_a_graph_of_several_streams_begins_and_ends_in_the_first() -> None:
+    events: list[str] = []
+    first, *others = (CpuStream(lambda e, n=n: events.append(f"{n} {e}")) for n in range(3))  # type: ignore[misc]  # which n
+    with first.capture(*others):
+        events.append("recorded")
+    begin = ["0 record", "1 wait", "0 record", "2 wait"]
+    assert events == [*begin, "recorded", "1 record", "0 wait", "2 record", "0 wait"]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_replays_show_whether_streams_wait_for_what_they_read(ordered: bool) -> None:
+    """They take turns in another way each time: without an event, some replay is wrong."""
+    first, second = CpuStream(), CpuStream()
+    x = torch.ones(1)
+    with first.capture(second) as graph:
+        y = x + 1
+        if ordered:
+            second.wait(first.record())
+        with use(second, graph):
+            z = y * 10
+        if ordered:
+            first.wait(second.record())
+        out = z + x
+    right = []
+    for value in (2.0, 3.0, 4.0):
+        x.fill_(value)
+        graph.replay()
+        right.append(out.item() == (value + 1) * 10 + value)
+    assert all(right) == ordered
+
+
+def test_a_recording_that_fails_in_one_stream_ends_in_all() -> None:
+    events: list[str] = []
+    first, second = CpuStream(events.append), CpuStream()
+    with pytest.raises(ZeroDivisionError), first.capture(second):
+        1 / 0  # noqa: B018
+    assert events == ["record", "wait"]
+    assert recorded_graph() is None
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_graph_of_two_gpus_replays_with_the_inputs_of_now() -> None:
+    pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
+    first, second = (CudaStream(torch.device("cuda", n)) for n in range(2))
+    x = torch.ones(1 << 20, device=first.device)
+
+    def step() -> torch.Tensor:
+        there = (x * 2).to(second.device)
+        for _ in range(8):
+            there = there + 1
+        return there.to(first.device) + x
+
+    step()
+    with first.capture(second) as graph:
+        out = step()
+    for value in (2.0, 3.0):
+        x.fill_(value)
+        graph.replay()
+        assert torch.equal(out, torch.full_like(x, 3 * value + 8))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_stream_of_a_gpu_waits_for_another() -> None:
     pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
