@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ktransformers.streams import CudaStream, recorded_graph
+from ktransformers.cuda_stream import CudaStream
+from ktransformers.streams import recorded_graph
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from ktransformers.streams import CpuStream, CudaStream, recorded_graph, stream_of, use
+from ktransformers.cuda_stream import CudaStream
+from ktransformers.streams import CpuStream, recorded_graph, stream_of, use
 
 CPU = torch.device("cpu")
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -9,8 +9,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from ktransformers import optimize_and_load
+from ktransformers.cuda_stream import CudaStream
 from ktransformers.decode_graph import DecodeGraph
-from ktransformers.streams import CudaStream, use
+from ktransformers.streams import use
 from tiny_models import random_model, v3_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
