@@ -164,21 +164,6 @@ def recorded_graph() -> Graph | None:
     return _here.graph
 
 
-def launch(kernel: Callable[[], None]) -> None:
-    """Launch a kernel that is not torch's.
-
-    A CUDA graph records it by itself. The stand-in's does not see it, but what torch does within
-    it, where it is interpreted: it is told.
-    """
-    graph = _here.graph
-    if not isinstance(graph, _CpuGraph):
-        kernel()
-        return
-    with _disable_current_modes():
-        kernel()
-    graph.steps.append(kernel)
-
-
 @contextmanager
 def use(stream: Stream, graph: Graph | None = None) -> Iterator[None]:
     """Let work of this thread on the stream's device belong to it."""

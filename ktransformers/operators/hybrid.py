@@ -149,7 +149,7 @@ class HybridMoE(Operator):
         out = out.view_as(hidden_states) + shared
         arrived, self._arriving.call = self._arriving.call, None
         if arrived is not None:
-            out = out + arrived.join(stream).view_as(hidden_states)
+            out = out + arrived.join(stream_of(x.device)).view_as(hidden_states)
         if self._leaving is not None:  # what a forward that failed has left there goes
             self._leaving.call = later[0] if later else None
         return out

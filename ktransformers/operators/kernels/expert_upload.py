@@ -9,14 +9,11 @@ Shape suffixes: E experts, S slots, U uploads.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 
-from ktransformers.operators.kernels.launch import on_device_of
-from ktransformers.streams import launch
+from ktransformers.operators.kernels.launch import launched, on_device_of
 
 BLOCK = 1024  # words of a program: a thread has four loads in flight
 
@@ -55,8 +52,9 @@ def expert_upload(
     count = source.shape[1]
     grid = (triton.cdiv(count, BLOCK), len(experts))
     with on_device_of(expert_upload_kernel, slots):
-        arguments = (source, into, experts, targets, len(host), count)
-        launch(partial(expert_upload_kernel[grid], *arguments, BLOCK=BLOCK))
+        launched(expert_upload_kernel)[grid](
+            source, into, experts, targets, len(host), count, BLOCK=BLOCK
+        )
 
 
 def words(tensor: torch.Tensor) -> torch.Tensor:

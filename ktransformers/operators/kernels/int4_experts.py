@@ -15,7 +15,6 @@ Shape suffixes: T tokens, D hidden_size, E experts, K top_k, F moe_intermediate_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import triton
@@ -24,8 +23,7 @@ import triton.language as tl
 from ktransformers.operators.kernels.int4_linear import group_sums
 from ktransformers.operators.kernels.int4_product import int4_product
 from ktransformers.operators.kernels.int4_weight import PANEL, Int4Weight, dequantise
-from ktransformers.operators.kernels.launch import as_multiplied, on_device_of, takes_ptx
-from ktransformers.streams import launch
+from ktransformers.operators.kernels.launch import as_multiplied, launched, on_device_of, takes_ptx
 
 CHUNK_TOKENS = 4096  # at a time: what they give per slot is 0.9 GB with V3's sizes
 
@@ -184,12 +182,10 @@ def _launch(
     block_n = 64 if few else 128
     E, panels = weight.packed.shape[:2]
     grid = (triton.cdiv(out.shape[1], block_n), len(blocks.experts))
-    sums = None if weight.format.symmetric else group_sums(x, weight)
     with on_device_of(int4_experts_kernel, x):
-        kernel = partial(
-            int4_experts_kernel[grid],
+        launched(int4_experts_kernel)[grid](
             x,
-            sums,
+            None if weight.format.symmetric else group_sums(x, weight),
             weight.packed,
             weight.scale,
             weight.zero_point,
@@ -212,7 +208,6 @@ def _launch(
             num_warps=4 if few else 8,
             num_stages=5 if few else 3,
         )
-        launch(kernel)
 
 
 def _check(

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ktransformers.operators.kernels.int4_product import int4_product
 from ktransformers.operators.kernels.int4_weight import PANEL, Int4Weight, dequantise
-from ktransformers.operators.kernels.launch import as_multiplied, on_device_of, takes_ptx
+from ktransformers.operators.kernels.launch import as_multiplied, launched, on_device_of, takes_ptx
 from ktransformers.operators.kernels.split_sum import split_sum
 
 # Programs that keep a GPU busy, after the 132 processors of an H100 (a 4090 has 128): one each
@@ -131,7 +131,7 @@ def int4_linear(
     out = torch.empty(shape, dtype=rows.dtype if one_pass else torch.float32, device=x.device)
     grid = (triton.cdiv(M, tiles.block_m), triton.cdiv(N, tiles.block_n), tiles.splits)
     with on_device_of(int4_linear_kernel, x):
-        int4_linear_kernel[grid](
+        launched(int4_linear_kernel)[grid](
             rows,
             sums,
             weight.packed,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from triton.runtime.interpreter import InterpretedFunction
+
+from ktransformers.streams import CpuStream, stream_of
 
 
 def is_interpreted(kernel: Any) -> bool:
@@ -17,6 +21,26 @@ def is_interpreted(kernel: Any) -> bool:
 def takes_ptx(kernel: Any) -> bool:
     """Tell whether a kernel may hold instructions of NVIDIA's."""
     return not is_interpreted(kernel) and torch.version.hip is None
+
+
+class _Replayable:
+    """An interpreted kernel, which the CPU's graphs take for no operation of torch."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            stream = stream_of(torch.device("cpu"))
+            assert isinstance(stream, CpuStream)
+            stream.do(partial(self.kernel[grid], *args, **kwargs))
+
+        return launch
+
+
+def launched(kernel: Any) -> Any:
+    """Return a kernel to be launched such that graphs replay it."""
+    return _Replayable(kernel) if is_interpreted(kernel) else kernel
 
 
 def on_device_of(kernel: Any, tensor: torch.Tensor) -> AbstractContextManager[object]:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ktransformers.cache import LatentPages
 from ktransformers.cache_rounding import quantised
-from ktransformers.operators.kernels.launch import on_device_of
+from ktransformers.operators.kernels.launch import launched, on_device_of
 from ktransformers.operators.kernels.mla_keys import padded
 
 
@@ -79,7 +79,7 @@ def mla_append(latent: torch.Tensor, rope: torch.Tensor, pages: LatentPages) -> 
     rope = rope.to(pages.rope.dtype)
     rope = rope if rope.stride(-1) == 1 else rope.contiguous()
     with on_device_of(append_token, latent):
-        append_token[T, B](
+        launched(append_token)[T, B](
             latent,
             scale,
             rope,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ktransformers.cache import LatentPages
-from ktransformers.operators.kernels.launch import on_device_of
+from ktransformers.operators.kernels.launch import launched, on_device_of
 from ktransformers.operators.kernels.mla_keys import LOG2_E, attend_keys, padded, prepared
 from ktransformers.operators.kernels.mla_prefill import mla_prefill_reference
 
@@ -170,7 +170,7 @@ def mla_decode(
     lse = torch.empty(B, H, S, dtype=torch.float32, device=device)
     out = torch.empty(B, H, C, dtype=q_latent.dtype, device=device)
     with on_device_of(decode_parts, q_latent):
-        decode_parts[head_tiles, B, S](
+        launched(decode_parts)[head_tiles, B, S](
             q_latent,
             q_rope,
             *launch.cached,
@@ -185,7 +185,7 @@ def mla_decode(
             **launch.constants,
         )
         columns = min(SUM_COLUMNS, padded(C))
-        sum_parts[B * H, triton.cdiv(C, columns)](
+        launched(sum_parts)[B * H, triton.cdiv(C, columns)](
             part, lse, out, S, C=C, BLOCK_S=triton.next_power_of_2(S), BLOCK_C=columns
         )
     return out

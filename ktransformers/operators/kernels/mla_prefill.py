@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ktransformers.cache import LatentPages
-from ktransformers.operators.kernels.launch import on_device_of
+from ktransformers.operators.kernels.launch import launched, on_device_of
 from ktransformers.operators.kernels.mla_keys import LOG2_E, attend_keys, prepared
 
 
@@ -123,7 +123,7 @@ def mla_prefill(
     B, T, H, C = q_latent.shape
     out = torch.empty(B, T, H, C, dtype=q_latent.dtype, device=q_latent.device)
     with on_device_of(prefill_rows, q_latent):
-        prefill_rows[triton.cdiv(T * H, launch.rows), B](
+        launched(prefill_rows)[triton.cdiv(T * H, launch.rows), B](
             q_latent,
             q_rope,
             out,

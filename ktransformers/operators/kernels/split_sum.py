@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ktransformers.operators.kernels.launch import on_device_of
+from ktransformers.operators.kernels.launch import launched, on_device_of
 
 BLOCK = 1024
 
@@ -39,7 +39,7 @@ def split_sum(partial: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dty
     out = torch.empty(M, N, dtype=dtype, device=partial.device)
     grid = (triton.cdiv(M * N, BLOCK),)
     with on_device_of(split_sum_kernel, partial):
-        split_sum_kernel[grid](partial, bias, out, M * N, N, SPLITS=splits, BLOCK=BLOCK)
+        launched(split_sum_kernel)[grid](partial, bias, out, M * N, N, SPLITS=splits, BLOCK=BLOCK)
     return out
 
 
