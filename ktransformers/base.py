@@ -156,6 +156,15 @@ class Operator(nn.Module):
         """Say for the report what computes this operator; None where that is the CPU kernels."""
         return None
 
+    def graph_obstacle(self) -> str | None:
+        """Say why this can't be part of a graph of a decoded token; None where it can.
+
+        A graph (`streams`) is recorded once and replayed without Python. So the host reads no value
+        of a device, is called through the stream alone, and what differs from token to token lies
+        on the device, where it is changed in place. Asked once an answer, as `chained` is.
+        """
+        return "is not made for graphs"
+
     @classmethod
     def chained(cls, layers: Sequence[Any]) -> Chain | None:
         """Return a function that does the work of decoder layers of this class in fewer calls.

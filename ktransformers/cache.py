@@ -379,7 +379,7 @@ class LatentCache(Cache):
         return self.layers[layer_idx].pages(new=T)
 
     def wrote(self, layer_idx: int, T: int) -> None:
-        """Count the tokens that a layer had room for and has written."""
+        """Count the tokens that a layer had room for and has written; below 0 take that back."""
         self.layers[layer_idx].length += T
 
     def make_room_in_all(self, B: int, T: int) -> tuple[list[LayerTensors], LatentPages]:
@@ -530,7 +530,7 @@ class LatentCache(Cache):
 
     def note_tokens(self, token_ids: torch.Tensor) -> None:
         """Say which tokens are cached, [B, n]; more than there are is ignored."""
-        self._token_ids = token_ids[:, : self.completed()].clone()
+        self._token_ids = token_ids[:, : self.completed()].to("cpu", copy=True)
 
     def keep_prefix(self, input_ids: torch.Tensor) -> int:
         """Keep what a prompt, [1, T], has in common with the cached tokens; return how much.
@@ -541,7 +541,7 @@ class LatentCache(Cache):
         common = 0
         if len(known) == len(input_ids) == 1:
             n = min(known.shape[1], input_ids.shape[1] - 1)
-            same = known[0, :n] == input_ids[0, :n]
+            same = known[0, :n] == input_ids[0, :n].cpu()
             common = n if same.all() else int(same.int().argmin())
         self.cut(common)
         return common

@@ -8,8 +8,10 @@ too. What this is not for, such as beams, `generate` does in its own way.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,10 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from ktransformers.cache import LatentCache, check_fits
 from ktransformers.stack import DecoderStack
+from ktransformers.streams import stream_of
+from ktransformers.token_graph import TokenGraph, graph_obstacle, places_of
+
+logger = logging.getLogger(__name__)
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 UNKEPT = ("return_dict_in_generate", "output_attentions", "output_hidden_states")
@@ -63,6 +69,8 @@ def plain_request(
         assert tokenizer is not None  # only who asks for no strings leaves it out
         criteria = [*(options.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, stop)]
         options |= {"stop_strings": None, "stopping_criteria": StoppingCriteriaList(criteria)}
+    if DecoderStack.fits(model):  # processors keep tensors where the prompt is
+        input_ids = input_ids.to(DecoderStack(model).logits_device())
     request: Request = model.generate(  # type: ignore[operator]  # typed for GenerationMixin alone
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -115,6 +123,8 @@ def decode(
     logits: torch.Tensor,
     on_token: Callable[[torch.Tensor], None],
     check: Callable[[], object] | None = None,
+    *,
+    graph: bool | None = None,
 ) -> None:
     """Answer a plain request for a model that `DecoderStack` fits.
 
@@ -125,12 +135,17 @@ def decode(
             reads.
         logits: of the prompt's last position, [1, V], from `prefill`.
         on_token: is told of each new token, [1].
-        check: is called before each layer; what it raises ends the answer.
+        check: is called before each layer, or before each token that is one graph; what it raises
+            ends the answer.
+        graph: whether each token is to be one graph; without it where a model on GPUs is fit for
+            that, which the log says.
+
+    Raises ValueError where a graph is wanted and the model is not fit for one.
     """
     config, (_, length) = request.generation_config, request.input_ids.shape
-    ids = request.input_ids.new_empty(1, config.max_length)
+    ids = torch.empty(1, config.max_length, dtype=torch.long, device=logits.device)
     ids[:, :length] = request.input_ids
-    stack = DecoderStack(model, check)
+    next_logits = _next_logits(model, cache, check, graph)
     while True:
         scores = logits.float()
         for processor in request.logits_processor:
@@ -144,4 +159,27 @@ def decode(
         on_token(token[:, 0])
         if request.stopping_criteria(ids[:, :length], None):
             return
-        logits = stack.last_logits(token, cache)
+        logits = next_logits(token)
+
+
+def _next_logits(
+    model: PreTrainedModel,
+    cache: LatentCache,
+    check: Callable[[], object] | None,
+    graph: bool | None,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what computes the logits after a token, [1, 1]."""
+    stack = DecoderStack(model, check)
+    device, *others = places_of(model)
+    if graph is None:
+        graph = None if any(place.type == "cuda" for place in (device, *others)) else False
+    if graph is False:
+        return partial(stack.last_logits, cache=cache)
+    obstacle = graph_obstacle(model)
+    if obstacle is None:
+        logger.info("each token is one graph on %s", ", ".join(map(str, (device, *others))))
+        return TokenGraph(stack, cache, device, [stream_of(other) for other in others])
+    if graph:
+        raise ValueError(f"a token of this model can't be one graph: {obstacle}")
+    logger.info("no token is one graph: %s", obstacle)
+    return partial(stack.last_logits, cache=cache)

@@ -9,12 +9,12 @@ host's part included, with the inputs copied to where they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ktransformers.streams import Graph, stream_of
+from ktransformers.streams import Graph, Stream, stream_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +27,23 @@ class _Recorded:
 class DecodeGraph:
     """Calls a function of tensors through graphs."""
 
-    def __init__(self, step: Callable[..., torch.Tensor], device: torch.device):
+    def __init__(
+        self,
+        step: Callable[..., torch.Tensor],
+        device: torch.device,
+        others: Sequence[Stream] = (),
+    ):
         """Take a function of tensors with the batch in front.
 
         Args:
             step: runs twice before its first replay, to warm up and to be recorded, so that doing
                 it again must change nothing: where it writes to a cache, its inputs say where.
-            device: that it works on.
+            device: that its inputs are on.
+            others: of further devices that it works on.
         """
         self._step = step
         self._device = device
+        self._others = others
         self._recorded: dict[int, _Recorded] = {}  # by batch size
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -67,6 +74,6 @@ class DecodeGraph:
         static = tuple(tensor.to(self._device, copy=True) for tensor in inputs)
         with torch.no_grad():
             self._step(*static)  # what is made at a first call is made outside of the graph
-        with stream_of(self._device).capture() as graph:
+        with stream_of(self._device).capture(*self._others) as graph:
             output = self._step(*static)
         return _Recorded(graph, static, output)

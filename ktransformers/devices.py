@@ -44,7 +44,7 @@ def keep_on(model: nn.Module, places: Mapping[str, torch.device]) -> None:
         if device is not None and not isinstance(module, Operator):
             _move(module, device, moved)
         if name in places:
-            module.register_forward_pre_hook(_bring_to(places[name]), with_kwargs=True)
+            module.register_forward_pre_hook(Bring(places[name]), with_kwargs=True)
 
 
 # By tensor and device: the tensor, which must live lest another get its id, and its copy there.
@@ -67,13 +67,17 @@ def _move(module: nn.Module, device: torch.device, moved: _Moved) -> None:
         module._buffers[name] = there(buffer)
 
 
-def _bring_to(device: torch.device) -> Any:
-    def moved(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.device != device:
-            return value.to(device, non_blocking=True)
+class Bring:
+    """A hook that moves what reaches a module."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __call__(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the arguments, all their tensors on the device."""
+        return tree_map(self._moved, args), tree_map(self._moved, kwargs)
+
+    def _moved(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.device != self.device:
+            return value.to(self.device, non_blocking=True)
         return value
-
-    def hook(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return tree_map(moved, args), tree_map(moved, kwargs)
-
-    return hook

@@ -99,6 +99,7 @@ def stream(
     timing: Timing | None = None,
     cache: LatentCache | None = None,
     chunk_size: int | None = None,
+    graph: bool | None = None,
     **sampling: Any,
 ) -> Generator[str]:
     """Generate one answer and yield its text, whole characters at a time.
@@ -111,6 +112,7 @@ def stream(
         cache: of a model with latent attention: what it has in common with the prompt is not
             computed again, and prompt and answer are in it afterwards. By default a new one.
         chunk_size: tokens of the prompt to compute at once; see `prefill`.
+        graph: whether each new token is to be one graph; see `decode`.
         sampling: what `generate` takes, such as max_new_tokens, do_sample, temperature. The text
             ends before the first of stop_strings.
 
@@ -136,7 +138,9 @@ def stream(
         try:
             go.wait()
             with _kept(cache, streamer):
-                _generate(model, tokenizer, input_ids, cache, chunk_size, streamer, stop, sampling)
+                _generate(
+                    model, tokenizer, input_ids, cache, chunk_size, graph, streamer, stop, sampling
+                )
         except _Stopped:
             pass
         except BaseException as error:  # noqa: BLE001  # raised by whoever reads
@@ -171,7 +175,7 @@ def timed_answer(model: PreTrainedModel, input_ids: torch.Tensor, new_tokens: in
     streamer = TimingStreamer(Timing())
     options = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "stop_strings": None}
     sampling = {"do_sample": False, **options}
-    _generate(model, None, input_ids, cache, None, streamer, threading.Event(), sampling)
+    _generate(model, None, input_ids, cache, None, None, streamer, threading.Event(), sampling)
     return streamer.timing
 
 
@@ -181,6 +185,7 @@ def _generate(
     input_ids: torch.Tensor,
     cache: LatentCache | None,
     chunk_size: int | None,
+    graph: bool | None,
     streamer: TimingStreamer,
     stop: threading.Event,
     sampling: Mapping[str, Any],
@@ -196,8 +201,11 @@ def _generate(
             with _stopped_by(stop, model):
                 new = input_ids[:, cache.get_seq_length() :]
                 logits = prefill(model, new, cache, chunk_size=chunk_size)
-            decode(model, request, cache, logits, streamer.put, _raises_once(stop))
+            check = _raises_once(stop)
+            decode(model, request, cache, logits, streamer.put, check, graph=graph)
             return
+    if graph:
+        raise ValueError("tokens are one graph in our own loop, which this request is not for")
     options = dict(sampling)
     if stop_strings(model, sampling):
         options["tokenizer"] = tokenizer

@@ -28,6 +28,9 @@ class GpuOperator(PackedOperator):
         """Name Triton and the GPU."""
         return triton_on(self.device)
 
+    def graph_obstacle(self) -> None:
+        """Name none: kernels alone."""
+
     @contextmanager
     def filling_gpu(self) -> Iterator[torch.device]:
         """Yield where weights go. Raises MemoryError where it turns out to have no room."""

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ktransformers import _native
 from ktransformers.base import Operator
 from ktransformers.inject import Plan, format_replacements
 from ktransformers.placement import PlacedOperator
+from ktransformers.token_graph import graph_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Report:
     cache: str | None = None  # what came from a packed cache, or why nothing did
     numa: tuple[str, ...] = ()  # where packed weights lie, a line for each way
     kernels: tuple[str, ...] = ()  # what computes operators besides the CPU kernels
+    decode: str | None = None  # whether a token is one graph; None on the CPU alone
 
     def __str__(self) -> str:
         devices = ", ".join(f"{d}: {n / 2**20:,.1f} MiB" for d, n in self.bytes_by_device.items())
@@ -40,6 +43,8 @@ class Report:
             lines.append(f"packed cache: {self.cache}")
         lines.append(f"CPU kernels: {self.isa}")
         lines += [f"other kernels: {line}" for line in self.kernels]
+        if self.decode is not None:
+            lines.append(f"decode: {self.decode}")
         if self.experts_per_token is not None:
             lines.append(f"experts per token, measured: {self.experts_per_token:.2f}")
         return "\n".join(lines)
@@ -148,7 +153,7 @@ def _computed_by(model: nn.Module) -> tuple[str, ...]:
 
 
 def build_report(
-    model: nn.Module, plan: Plan, experts_per_token: float | None, cache: str | None = None
+    model: PreTrainedModel, plan: Plan, experts_per_token: float | None, cache: str | None = None
 ) -> Report:
     """Describe a loaded model."""
     return Report(
@@ -159,4 +164,5 @@ def build_report(
         cache=cache,
         numa=tuple(numa_lines(model)),
         kernels=_computed_by(model),
+        decode=graph_line(model),
     )

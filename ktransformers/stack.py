@@ -27,6 +27,7 @@ from ktransformers import _native
 from ktransformers.base import Chain, Operator
 from ktransformers.cache import LatentCache
 from ktransformers.last_position import FULL_OUTPUTS, last_position_of, last_position_only
+from ktransformers.streams import recorded_graph
 
 KNOWN = (  # forwards of a causal language model and of its base, which `DecoderStack` does alike
     (v2.DeepseekV2ForCausalLM.forward, v2.DeepseekV2Model.forward),
@@ -127,6 +128,11 @@ class DecoderStack:
                 )
         return self._logits(x[:, -1:])
 
+    def logits_device(self) -> torch.device:
+        """Return where logits come from; an operator brings them back to where its input was."""
+        head = self.norm if isinstance(self.head, Operator) else self.head
+        return next((tensor.device for tensor in head.parameters()), torch.device("cpu"))
+
     def _logits(self, last: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.head(self._normed(last))[:, -1]
         return logits
@@ -140,6 +146,7 @@ class DecoderStack:
             or norm.weight.dtype != last.dtype
             or last.dtype not in (torch.bfloat16, torch.float32)
             or last.device.type != "cpu"
+            or recorded_graph() is not None  # of torch's operations
         ):
             normed: torch.Tensor = norm(last)
             return normed

@@ -124,6 +124,10 @@ class HybridMoE(Operator):
         """Report the router's choice: the module of the experts is not called."""
         self._record = record
 
+    def graph_obstacle(self) -> str | None:
+        """Name whoever watches the routing: a replay tells nobody."""
+        return None if self._record is None else "its routing is watched"
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return what the MoE adds to the residual stream, [B, T, D], in the input's dtype.

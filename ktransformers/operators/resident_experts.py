@@ -236,6 +236,9 @@ class ResidentExperts(HostExperts):
         """Name Triton and the GPU."""
         return triton_on(self.device)
 
+    def graph_obstacle(self) -> None:
+        """Name none: with lru, too, the device decides."""
+
     def footprints(self) -> tuple[Footprint, Footprint]:
         """Say what CPU and GPU need; a token's experts divide as the profile has it, or evenly.
 

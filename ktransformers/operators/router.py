@@ -84,6 +84,9 @@ class ReducedTopK(Operator):
         """Return the number that the probe must find."""
         return self.top_k
 
+    def graph_obstacle(self) -> None:
+        """Name none."""
+
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return (logits [T, E], weights [T, K'], indices [T, K']) as the router does."""
         routed: tuple[torch.Tensor, ...] = self.router(hidden_states)
