@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LogitsProcessorList
+from transformers import DeepseekV2Config, DeepseekV3Config, LogitsProcessorList
 
 from graph_models import (
     IDS,
     ONE_LAYER,
+    OPERATORS,
     TWO_LAYERS,
     answer,
     attention_in_torch,
@@ -27,15 +28,30 @@ from ktransformers import optimize_and_load, streams
 from ktransformers.base import Operator
 from ktransformers.cache import LatentCache
 from ktransformers.devices import Bring, keep_on
+from ktransformers.inject import apply, plan
+from ktransformers.load import build_on_meta
 from ktransformers.operators.gpu_attention import GpuMlaAttention
 from ktransformers.prefill import prefill
 from ktransformers.report import count_experts
+from ktransformers.rules import load_rules
 from ktransformers.stack import DecoderStack
 from ktransformers.streams import CpuStream, Stream, stream_of, use
 from ktransformers.token_graph import TokenGraph, graph_line, graph_obstacle
 from tiny_models import random_model, v3_config
 
 CPU, META = torch.device("cpu"), torch.device("meta")
+SHIPPED = [
+    ("deepseek-v3-gpu-cpu-int8", DeepseekV3Config(num_hidden_layers=5)),
+    (
+        "deepseek-v2-gpu-cpu-int8",
+        DeepseekV2Config(
+            num_hidden_layers=3,
+            first_k_dense_replace=1,
+            moe_intermediate_size=1408,
+            num_experts_per_tok=6,
+        ),
+    ),
+]
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in, for want of a GPU")
 
 
@@ -102,6 +118,38 @@ def test_what_keeps_a_token_from_being_one_graph_is_named(model: Any, device: to
     assert graph_obstacle(only(config, device, 0, 1)) == (
         "the host looks at positions for its rotary embedding"
     )
+
+
+def test_operators_of_a_gpu_alone_are_one_graph(device: torch.device) -> None:
+    place = {"device": str(device)}
+    in_four_bits = {**place, "group_size": 32}
+    taken = {
+        r"shared_experts\.\w+_proj$": ("linear.Int4Linear", in_four_bits),
+        r"\.mlp\.experts$": ("experts.Int4Experts", in_four_bits),
+        r"\.mlp\.gate$": ("router.ReducedTopK", {"top_k": 2}),
+    }
+    more = [
+        {"match": {"name": name}, "replace": {"class": f"{OPERATORS}.{path}", "kwargs": kwargs}}
+        for name, (path, kwargs) in taken.items()
+    ]
+    model = random_model(v3_config(**ONE_LAYER), dtype=torch.bfloat16)
+    model = optimize_and_load(model, [*rules(device)[:2], *more])
+    got = [
+        answer(model, LatentCache.for_model(model, 64), IDS[:, :2], 4, graph=graph)
+        for graph in (False, True)
+    ]
+    assert got[0] == got[1]
+
+
+@on_the_cpu
+@pytest.mark.parametrize(("name", "config"), SHIPPED)
+def test_a_shipped_file_makes_a_token_one_graph(
+    name: str, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ktransformers.token_graph.stream_of", lambda _: CpuStream())
+    model = build_on_meta(config, torch.bfloat16)
+    apply(model, plan(model, load_rules(name), dtype=torch.bfloat16))
+    assert graph_obstacle(model) is None
 
 
 @on_the_cpu
