@@ -36,15 +36,18 @@ constexpr std::chrono::milliseconds signal_interval{50};
 class request {
  public:
   request(std::shared_ptr<queue> on, nb::object layer, nb::object hidden_states,
-          nb::object top_k_index, nb::object top_k_weights, nb::object out, nb::object done)
+          nb::object top_k_index, nb::object top_k_weights, nb::object out, nb::object done,
+          nb::object times)
       : queue_(std::move(on)),
         layer_(std::move(layer)),
-        tensors_{hidden_states, top_k_index, top_k_weights, out, done},
+        tensors_{hidden_states, top_k_index, top_k_weights, out, done, times},
         call_(view_experts_call(layer_, hidden_states, top_k_index, top_k_weights, out)),
         done_(done.is_none()
                   ? nullptr
-                  : static_cast<uint32_t*>(view_tensor(done, "done", {element::int32}, {1}).data)) {
-  }
+                  : static_cast<uint32_t*>(view_tensor(done, "done", {element::int32}, {1}).data)),
+        times_(times.is_none() ? nullptr
+                               : static_cast<int64_t*>(
+                                     view_tensor(times, "times", {element::int64}, {2}).data)) {}
   ~request() {
     queue_->drop(this, "a host function was freed before the sync: its work was dropped");
   }
@@ -59,7 +62,7 @@ class request {
                              if (begin == 0) check_indices(of.call_);
                              compute(of.call_, begin, count);
                            },
-                           this, done_});
+                           this, done_, times_});
   }
 
   queue& on() const { return *queue_; }
@@ -67,9 +70,10 @@ class request {
  private:
   const std::shared_ptr<queue> queue_;
   const nb::object layer_;
-  const nb::object tensors_[5];
+  const nb::object tensors_[6];
   const experts_call call_;
   uint32_t* const done_;
+  int64_t* const times_;
 };
 
 // What `cudaLaunchHostFunc` and its like call, on threads of which Python knows nothing.
@@ -97,7 +101,7 @@ class experts_handle {
   void submit(nb::object hidden_states, nb::object top_k_index, nb::object top_k_weights,
               nb::object out) {
     requests_.push_back(
-        {host_function(hidden_states, top_k_index, top_k_weights, out, nb::none()), 0});
+        {host_function(hidden_states, top_k_index, top_k_weights, out, nb::none(), nb::none()), 0});
     requests_.back().number = requests_.back().of->submit();
     free_ended();
   }
@@ -118,12 +122,12 @@ class experts_handle {
   }
 
   std::unique_ptr<request> host_function(nb::object hidden_states, nb::object top_k_index,
-                                         nb::object top_k_weights, nb::object out,
-                                         nb::object done) {
+                                         nb::object top_k_weights, nb::object out, nb::object done,
+                                         nb::object times) {
     check_fork();
     return std::make_unique<request>(queue_, layer_, std::move(hidden_states),
                                      std::move(top_k_index), std::move(top_k_weights),
-                                     std::move(out), std::move(done));
+                                     std::move(out), std::move(done), std::move(times));
   }
 
   nb::object layer() const { return layer_; }
@@ -170,7 +174,7 @@ void bind_engine(nb::module_& m) {
            "out"_a)
       .def("sync", &experts_handle::sync)
       .def("host_function", &experts_handle::host_function, "hidden_states"_a, "top_k_index"_a,
-           "top_k_weights"_a, "out"_a, "done"_a = nb::none())
+           "top_k_weights"_a, "out"_a, "done"_a = nb::none(), "times"_a = nb::none())
       .def_prop_ro("layer", &experts_handle::layer);
 }
 

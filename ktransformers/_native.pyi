@@ -410,11 +410,13 @@ class ExpertsHandle:
         top_k_weights: object,
         out: object,
         done: object | None = None,
+        times: object | None = None,
     ) -> HostFunction:
         """Return the same `submit`, and `sync`, for a thread without Python to call.
 
         `done`, int32 `[1]`, is for a device that waits for a word in memory: `submit` sets it to 0,
-        and the end of the work, whichever that is, to 1.
+        and the end of the work, whichever that is, to 1. `times`, int64 `[2]`, gets when the work
+        began and when it ended, on the clock of `time.monotonic_ns()`.
         """
 
     @property

@@ -30,7 +30,8 @@ takes the same tensors, once, and gives the addresses of two C functions, `submi
 `void (*)(void* arguments)`, with the `arguments` for both. They may be called on any thread, again
 and again; what they meet with is raised by the handle's `sync` in Python. The caller keeps the
 object as long as they may be called. Where a device waits for a word in memory instead, `done`,
-int32 [1], is it: 0 from `submit` on, 1 once the work has ended, failed or was dropped.
+int32 [1], is it: 0 from `submit` on, 1 once the work has ended, failed or was dropped. `times`,
+int64 [2], gets when the work began and when it ended, in `time.monotonic_ns()`.
 
 Letters in shapes: T tokens, D hidden_size, E experts, K top_k, F moe_intermediate_size.
 """

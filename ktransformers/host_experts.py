@@ -139,7 +139,7 @@ class ExpertsCall:
             self._done = stream.host_empty(torch.Size([1]), torch.int32)
         self._handle = ExpertsHandle(layer)
         self._function = self._handle.host_function(
-            host_states, index, weights, self._out, self._done
+            host_states, index, weights, self._out, self._done, stream.job_times()
         )
         stream.submit(self._function)
         graph = recorded_graph()

@@ -110,6 +110,13 @@ class Stream(ABC):
     def join(self, function: HostFunction, done: torch.Tensor | None) -> None:
         """Let what comes later in the stream wait for the work, at the word `done` if `by_flag`."""
 
+    def job_times(self) -> torch.Tensor | None:
+        """Return where the next work on the host shall note its times, int64 [2], if anywhere.
+
+        When it began and when it ended, in ns of `time.monotonic_ns()`: for who draws a trace.
+        """
+        return None
+
     @abstractmethod
     def record(self) -> Event:
         """Return the point that work has been handed in up to."""

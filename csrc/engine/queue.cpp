@@ -23,6 +23,12 @@ void set_done(const job& work, uint32_t value) {
   if (work.done) std::atomic_ref<uint32_t>(*work.done).store(value, std::memory_order_release);
 }
 
+void note_time(const job& work, int which) {
+  if (!work.times) return;
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  work.times[which] = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
+
 }  // namespace
 
 // Its mutex is not held during work: who waits for the mutex waits for some instructions only.
@@ -79,6 +85,7 @@ class dispatcher {
       set_done(one.work, 1);
       one.work.rows = 0;
       one.work.done = nullptr;
+      one.work.times = nullptr;
       fail(one.owner, std::make_exception_ptr(std::runtime_error(error)));
     };
     for (entry& one : jobs_) {
@@ -136,6 +143,7 @@ class dispatcher {
       running_ = jobs_.front();
       jobs_.pop_front();
       const job work = running_.work;
+      note_time(work, 0);
       for (int64_t begin = 0; begin < running_.work.rows; begin += work.step) {
         lock.unlock();
         std::exception_ptr error = compute(work, begin);
@@ -144,6 +152,7 @@ class dispatcher {
         fail(running_.owner, std::move(error));
         break;
       }
+      note_time(running_.work, 1);
       set_done(running_.work, 1);
       ++running_.owner->ended_;
       running_.owner = nullptr;

@@ -29,6 +29,9 @@ struct job {
   // wrote is there for who reads the 1. For a device that waits for a word in memory. It lives as
   // long as the context, and serves one job at a time.
   uint32_t* done = nullptr;
+  // Where not nullptr: when the job began and when it ended, in ns of std::chrono::steady_clock,
+  // written before `done` is. Lives as long; what is dropped leaves it alone.
+  int64_t* times = nullptr;
 };
 
 class queue {

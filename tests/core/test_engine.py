@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import os
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -149,6 +150,17 @@ def test_word_in_memory_says_when_the_work_of_a_host_callback_has_ended() -> Non
         else:
             with pytest.raises(ValueError, match=r"^top_k_index: token 0, slot 0 names expert 9"):
                 handle.sync()
+
+
+def test_times_of_host_work_are_on_the_clock_of_python() -> None:
+    handle, request = make(), draw()
+    times = np.zeros(2, np.int64)
+    function = handle.host_function(*request, None, times)
+    for _ in range(2):
+        before = time.monotonic_ns()
+        ForeignThread(function.submit, function.arguments).join()
+        handle.sync()
+        assert before <= times[0] <= times[1] <= time.monotonic_ns()
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,31 @@ void test_word_in_memory_is_set_for_a_job_that_is_dropped_and_left_alone_then() 
   expect(words[0] == 7, "nobody writes to what was dropped");
 }
 
+void test_times_are_those_of_the_work() {
+  kt::queue queue;
+  gate slow;
+  const rows next(3), dropped(1);
+  int64_t times[3][2] = {};
+  kt::job jobs[] = {slow.job(), next.job(1), dropped.job(1)};
+  const auto now = [] {
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+  };
+  const int64_t before = now();
+  for (int i = 0; i < 3; ++i) {
+    jobs[i].times = times[i];
+    queue.submit(jobs[i]);
+  }
+  slow.begun.wait(false);
+  const int64_t begun = now();
+  queue.drop(&dropped, "dropped");
+  slow.let_go();
+  queue.wait(queue.submitted());
+  const bool first = before <= times[0][0] && times[0][0] <= begun && begun <= times[0][1];
+  expect(first && times[0][1] <= times[1][0] && times[1][0] <= times[1][1] && times[1][1] <= now(),
+         "jobs begin and end one after the other");
+  expect(times[2][0] == 0 && times[2][1] == 0, "what was dropped has no times");
+}
+
 #if !defined(__SANITIZE_THREAD__)  // ThreadSanitizer does not support threads after fork
 void test_fork() {
   kt::queue queue;
@@ -331,6 +356,7 @@ int main() {
   test_dropped_job_is_an_error_and_keeps_its_place();
   test_word_in_memory_says_when_a_job_has_ended();
   test_word_in_memory_is_set_for_a_job_that_is_dropped_and_left_alone_then();
+  test_times_are_those_of_the_work();
 #if !defined(__SANITIZE_THREAD__)
   test_fork();
 #endif
