@@ -28,8 +28,9 @@ class GpuOperator(PackedOperator):
         """Name Triton and the GPU."""
         return triton_on(self.device)
 
-    def graph_obstacle(self) -> None:
+    def graph_obstacle(self) -> str | None:
         """Name none: kernels alone."""
+        return None
 
     @contextmanager
     def filling_gpu(self) -> Iterator[torch.device]:
