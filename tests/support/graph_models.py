@@ -64,7 +64,7 @@ def answer(
 ) -> list[int]:
     """Decode so many tokens after a prompt, of which the cache may hold a part."""
     options = {**GREEDY, "min_new_tokens": tokens, "max_new_tokens": tokens, **options}
-    request = plain_request(model, None, ids, cache, options)  # type: ignore[arg-type]  # no stop strings
+    request = plain_request(model, None, ids, cache, options)
     assert request is not None
     found: list[int] = []
 
