@@ -171,9 +171,8 @@ def _next_logits(
     """Return what computes the logits after a token, [1, 1]."""
     stack = DecoderStack(model, check)
     device, *others = places_of(model)
-    if graph is None:
-        graph = None if any(place.type == "cuda" for place in (device, *others)) else False
-    if graph is False:
+    on_gpus = any(place.type == "cuda" for place in (device, *others))
+    if graph is False or (graph is None and not on_gpus):
         return partial(stack.last_logits, cache=cache)
     obstacle = graph_obstacle(model)
     if obstacle is None:

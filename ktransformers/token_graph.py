@@ -5,7 +5,7 @@ modules of torch and transformers are, beside attention of our own. The graph re
 its input, and the position off the lengths in the cache. So what is left to the host is room in the
 cache before a token, and to count it after.
 
-    graph = TokenGraph(DecoderStack(model), cache)
+    graph = TokenGraph(DecoderStack(model), cache, device)
     logits = graph(token_ids)
 
 **Lifetime.** A graph knows its model's weights and its cache's pages by their addresses. It lives
@@ -163,7 +163,7 @@ def _token(
     stack: DecoderStack, cache: LatentCache, lengths: torch.Tensor, token_ids: torch.Tensor
 ) -> torch.Tensor:
     """Compute the token after those that are counted, however often it is done."""
-    position_ids = lengths[:, None].long() - 1
+    position_ids = (lengths[:, None].long() - 1).to(token_ids.device)
     logits = stack.last_logits(token_ids, cache, position_ids=position_ids)
     _count(cache, -1)
     return logits
