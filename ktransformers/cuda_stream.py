@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
@@ -15,10 +16,11 @@ from ktransformers.streams import Event, Graph, HostFunction, Stream, use
 
 
 class CudaStream(Stream):
-    """Torch's current stream of a GPU."""
+    """Torch's current stream of a GPU, or another one."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None):
         """Import cuda-bindings, which nothing else needs. Raises ImportError without it."""
+        self._stream = stream
         try:
             self._runtime: Any = importlib.import_module("cuda.bindings.runtime")
             self._driver: Any = importlib.import_module("cuda.bindings.driver")
@@ -36,6 +38,35 @@ class CudaStream(Stream):
         """See `Stream`; the memory is pinned."""
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
+    def beside(self) -> Stream:
+        """See `Stream`."""
+        return CudaStream(self.device, torch.cuda.Stream(self.device))
+
+    def pin(self, host: torch.Tensor) -> None:
+        """See `Stream`: its pages are locked until the tensor goes. Raises RuntimeError."""
+        if host.nbytes == 0 or host.is_pinned():
+            return
+        flags, address = self._runtime.cudaHostRegisterPortable, host.data_ptr()
+        # Pages of a mapped file would be copied, were they pinned to be written.
+        known = self._runtime.cudaDeviceAttr.cudaDevAttrHostRegisterReadOnlySupported
+        error, read_only = self._runtime.cudaDeviceGetAttribute(known, self.device.index or 0)
+        self._check((error,))
+        if read_only:
+            flags |= self._runtime.cudaHostRegisterReadOnly
+        try:
+            self._check(self._runtime.cudaHostRegister(address, host.nbytes, flags))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{error}: {host.nbytes:,} bytes of the host's memory can't be locked for copies "
+                "(stream_prefill: never does without)"
+            ) from error
+        weakref.finalize(host, self._runtime.cudaHostUnregister, address).atexit = False
+
+    def fill(self, out: torch.Tensor, host: torch.Tensor) -> None:
+        """See `Stream`."""
+        with torch.cuda.stream(self._current()):
+            super().fill(out, host)
+
     def submit(self, function: HostFunction) -> None:
         """See `Stream`."""
         self._launch(function.submit, function.arguments)
@@ -51,15 +82,15 @@ class CudaStream(Stream):
 
     def record(self) -> Event:
         """See `Stream`."""
-        return torch.cuda.current_stream(self.device).record_event()  # type: ignore[no-any-return]  # torch leaves it untyped
+        return self._current().record_event()  # type: ignore[no-any-return]  # torch leaves it untyped
 
     def wait(self, event: Event) -> None:
         """See `Stream`; the event is one of another `CudaStream`."""
-        torch.cuda.current_stream(self.device).wait_event(event)  # type: ignore[arg-type]  # its own
+        self._current().wait_event(event)  # type: ignore[arg-type]  # its own
 
     def synchronize(self) -> None:
         """See `Stream`."""
-        torch.cuda.current_stream(self.device).synchronize()
+        self._current().synchronize()
 
     @contextmanager
     def _recording(self, others: Sequence[Stream]) -> Iterator[Graph]:
@@ -93,8 +124,11 @@ class CudaStream(Stream):
             result = self._runtime.cudaLaunchHostFunc(self._handle(), function, arguments)
         self._check(result)
 
+    def _current(self) -> torch.cuda.Stream:
+        return self._stream or torch.cuda.current_stream(self.device)
+
     def _handle(self) -> int:
-        return int(torch.cuda.current_stream(self.device).cuda_stream)
+        return int(self._current().cuda_stream)
 
     def _check(self, result: tuple[Any]) -> None:
         if int(result[0]) != 0:

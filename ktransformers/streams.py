@@ -103,6 +103,18 @@ class Stream(ABC):
         return out.copy_(host, non_blocking=True)
 
     @abstractmethod
+    def beside(self) -> Stream:
+        """Return another stream of the device, whose work runs at the same time."""
+
+    @abstractmethod
+    def pin(self, host: torch.Tensor) -> None:
+        """Let the device read memory of the host, which stays where it is, at full speed."""
+
+    def fill(self, out: torch.Tensor, host: torch.Tensor) -> None:
+        """Copy memory of the host to that of the device, once the stream is there."""
+        out.copy_(host, non_blocking=True)
+
+    @abstractmethod
     def submit(self, function: HostFunction) -> None:
         """Call `function.submit` once the stream is there."""
 
@@ -207,6 +219,18 @@ class CpuStream(Stream):
         """See `Stream`."""
         self.note("copy out")
         return super().copy_out(host)
+
+    def beside(self) -> Stream:
+        """See `Stream`; its events are noted here."""
+        return CpuStream(self._note)
+
+    def pin(self, host: torch.Tensor) -> None:
+        """Return: all memory is within reach."""
+
+    def fill(self, out: torch.Tensor, host: torch.Tensor) -> None:
+        """See `Stream`."""
+        self.note("fill")
+        super().fill(out, host)
 
     def submit(self, function: HostFunction) -> None:
         """See `Stream`."""

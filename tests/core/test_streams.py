@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import enum
 import gc
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -262,3 +265,95 @@ def test_cuda_bindings_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatc
         "calls to the host in a stream of cuda:0 need cuda-bindings: pip install "
         "'ktransformers[gpu]'"
     )
+
+
+class Runtime:
+    """Stands in for cuda.bindings.runtime where memory of the host is registered."""
+
+    cudaHostRegisterPortable, cudaHostRegisterReadOnly = 1, 8
+    cudaDeviceAttr = SimpleNamespace(cudaDevAttrHostRegisterReadOnlySupported=113)
+
+    def __init__(self, *, read_only: int, refuses: bool = False):
+        self.read_only, self.refuses = read_only, refuses
+        self.calls: list[tuple[Any, ...]] = []
+
+    def cudaDeviceGetAttribute(self, attribute: int, device: int) -> tuple[Any, int]:
+        assert (attribute, device) == (113, 1)
+        return Error.success, self.read_only
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> tuple[Any]:
+        self.calls.append(("register", address, nbytes, flags))
+        return (Error.memory if self.refuses else Error.success,)
+
+    def cudaHostUnregister(self, address: int) -> tuple[Any]:
+        self.calls.append(("unregister", address))
+        return (Error.success,)
+
+
+class Error(enum.IntEnum):
+    """As cuda.bindings has them."""
+
+    success = 0
+    memory = 2
+
+
+def cuda_stream(monkeypatch: pytest.MonkeyPatch, runtime: Any, stream: Any = None) -> CudaStream:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", runtime)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", runtime)
+    monkeypatch.setitem(sys.modules, "cuda", runtime)
+    return CudaStream(torch.device("cuda:1"), stream)
+
+
+@pytest.mark.parametrize("read_only", [0, 1])
+def test_memory_of_the_host_is_registered_as_long_as_it_lives(
+    monkeypatch: pytest.MonkeyPatch, read_only: int
+) -> None:
+    runtime = Runtime(read_only=read_only)
+    stream = cuda_stream(monkeypatch, runtime)
+    stream.pin(torch.empty(0))  # there is nothing to register
+    host = torch.zeros(100, dtype=torch.int32)
+    address, flags = host.data_ptr(), 9 if read_only else 1
+    stream.pin(host)
+    assert runtime.calls == [("register", address, 400, flags)]
+    del host
+    gc.collect()
+    assert runtime.calls[1:] == [("unregister", address)]
+
+
+def test_memory_that_can_t_be_locked_is_an_error_that_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = cuda_stream(monkeypatch, Runtime(read_only=0, refuses=True))
+    with pytest.raises(RuntimeError) as caught:
+        stream.pin(torch.zeros(100, dtype=torch.int32))
+    assert str(caught.value) == (
+        "cuda:1: memory: 400 bytes of the host's memory can't be locked for copies "
+        "(stream_prefill: never does without)"
+    )
+
+
+def test_events_of_a_stream_beside_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    def record() -> str:
+        calls.append(("record", None))
+        return "event"
+
+    side = SimpleNamespace(
+        record_event=record, wait_event=lambda event: calls.append(("wait", event))
+    )
+    stream = cuda_stream(monkeypatch, Runtime(read_only=0), side)
+
+    @contextmanager
+    def current(stream: Any) -> Iterator[None]:
+        calls.append(("begin", stream))
+        yield
+        calls.append(("end", stream))
+
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    out = torch.zeros(3)
+    stream.fill(out, torch.ones(3))
+    stream.wait(stream.record())
+    assert out.tolist() == [1, 1, 1]
+    assert calls == [("begin", side), ("end", side), ("record", None), ("wait", "event")]
