@@ -177,6 +177,13 @@ class Operator(nn.Module):
         """
         return None
 
+    def prefill_tokens(self) -> int | None:
+        """Tokens of a chunk of prefill from which on longer ones are no faster; None: no matter.
+
+        Asked once weights are loaded.
+        """
+        return None
+
     def experts_per_token(self) -> int | None:
         """Routed experts that a token gets behind this operator; None where it changes nothing.
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ktransformers.base import Operator
 from ktransformers.cache import LatentCache
 from ktransformers.phase import phase
 from ktransformers.progress import token_progress
@@ -25,6 +26,7 @@ TOKENS_PER_EXPERT = 96
 DENSE_CHUNK = 512  # tokens, for a model without experts, whose weights are all used by each
 MEMORY = 128 << 20  # bytes of activations of a chunk, or so large a part of the weights:
 MEMORY_SHARE = 512
+GPU_SHARE = 4  # of what a GPU has free, a part for activations
 STEP = 64  # tokens; chunks are multiples, as kernels and pages are
 
 
@@ -127,8 +129,9 @@ def _positions(mask: torch.Tensor | None, B: int, past: int, T: int) -> torch.Te
 def chunk_tokens(model: PreTrainedModel, memory: int | None = None) -> int:
     """Return how many tokens of all sequences to compute at once.
 
-    So many that each expert gets `TOKENS_PER_EXPERT` of them on average, but no more than fit
-    `memory` bytes of activations: by default 128 MiB, or where that is more a 512th of the weights.
+    So many that each expert gets `TOKENS_PER_EXPERT` of them on average, or what operators are
+    fastest with, but no more than fit `memory` bytes of activations: by default 128 MiB, or where
+    that is more a 512th of the weights; where operators asked a quarter of what GPUs have free.
     """
     config = model.config
     experts = getattr(config, "n_routed_experts", None) or getattr(
@@ -137,9 +140,15 @@ def chunk_tokens(model: PreTrainedModel, memory: int | None = None) -> int:
     wanted = DENSE_CHUNK
     if experts:
         wanted = TOKENS_PER_EXPERT * experts // config.num_experts_per_tok
+    operators = [module for module in model.modules() if isinstance(module, Operator)]
+    asked = [tokens for each in operators if (tokens := each.prefill_tokens()) is not None]
+    wanted = max([wanted, *asked])
     if memory is None:
         tensors = (*model.parameters(), *model.buffers())
         memory = max(MEMORY, sum(tensor.nbytes for tensor in tensors) // MEMORY_SHARE)
+        gpus = {tensor.device for tensor in tensors if tensor.is_cuda}
+        if asked and gpus:
+            memory = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus) // GPU_SHARE
     fitting = memory // activation_bytes(config, model.dtype.itemsize)
     return max(STEP, min(wanted, fitting) // STEP * STEP)
 

@@ -17,6 +17,10 @@ so that the CPU is never idle, for a model that is not quite the same: `benchmar
 measures the difference. Prefill defers nothing, nor does a layer that no `HybridMoE` follows; and
 experts that live on the device are added at once, also those among the d lightest.
 
+**Streaming.** In prefill the device may compute the routed experts as well, from weights that are
+copied to it meanwhile (`streamed_experts`), where that is faster: w8a16 in place of w8a8, say, so
+that results are those of the same weights with activations that nobody rounds to int8.
+
 Shape suffixes: B sequences, T new tokens, D hidden_size, K experts per token.
 """
 
@@ -33,9 +37,11 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 from typing_extensions import Self
 
 from ktransformers.base import Checkpoint, Footprint, Operator, Site
+from ktransformers.gpu_options import check_gpu, interpreting
 from ktransformers.host_experts import ExpertsCall, HostExperts
 from ktransformers.phase import is_decode
-from ktransformers.streams import stream_of
+from ktransformers.streamed_experts import Mode, StreamedCall, StreamedLayer
+from ktransformers.streams import Stream, recorded_graph, stream_of
 
 KNOWN = (v2.DeepseekV2Moe.forward, v3.DeepseekV3MoE.forward)  # what is done alike here
 
@@ -52,8 +58,15 @@ class HybridMoE(Operator):
     consumes = ()
     host_children: ClassVar[tuple[str, ...]] = ("experts",)
 
-    def __init__(self, module: nn.Module, site: Site, deferred_experts: int):
+    def __init__(
+        self,
+        module: nn.Module,
+        site: Site,
+        deferred_experts: int,
+        streamed: StreamedLayer | None = None,
+    ):
         super().__init__()
+        self.streamed = streamed
         self.site = site
         self.deferred_experts = deferred_experts
         self.gate: nn.Module = module.gate  # type: ignore[assignment]  # to mypy Tensor | Module
@@ -64,13 +77,25 @@ class HybridMoE(Operator):
         self._record: Callable[[int, torch.Tensor], None] | None = None
 
     @classmethod
-    def from_module(cls, module: nn.Module, site: Site, *, deferred_experts: int = 0) -> Self:
+    def from_module(
+        cls,
+        module: nn.Module,
+        site: Site,
+        *,
+        deferred_experts: int = 0,
+        stream_prefill: Mode = "auto",
+        stream_gib: float = 4,
+    ) -> Self:
         """Build the operator for an MoE module of DeepSeek-V2 or V3.
 
         Args:
             deferred_experts: of each token, how many are added one layer later, in decode.
+            stream_prefill: whether a GPU computes the routed experts of prefill, from weights that
+                are copied there meanwhile; auto: where that is faster, as reckoned for each chunk.
+            stream_gib: memory of the GPU, in GiB, for those weights; all layers share it.
 
-        Raises ValueError for another module, and where deferral leaves no expert to be awaited.
+        Raises ValueError for another module, where deferral leaves no expert to be awaited, and
+        where prefill can't be streamed but always should.
         """
         if type(module).forward not in KNOWN:
             raise ValueError(
@@ -79,7 +104,7 @@ class HybridMoE(Operator):
             )
         if type(deferred_experts) is not int or deferred_experts < 0:
             raise ValueError(f"deferred_experts {deferred_experts!r} is not a number of 0 or more")
-        return cls(module, site, deferred_experts)
+        return cls(module, site, deferred_experts, _streamed(site, stream_prefill, stream_gib))
 
     def connect(self, operators: Mapping[str, Operator]) -> None:
         """Find the experts, and the layer that deferred ones are left to."""
@@ -98,13 +123,21 @@ class HybridMoE(Operator):
             raise ValueError(
                 f"deferred_experts {deferred} leaves none to be awaited: a token gets {top_k}"
             )
-        for other in operators.values():
-            if isinstance(other, HybridMoE) and _follows(other.site, self.site) and deferred:
+        layers = [other for other in operators.values() if isinstance(other, HybridMoE)]
+        for other in layers:
+            if _follows(other.site, self.site) and deferred:
                 self._leaving = other._arriving
+        if self.streamed is not None:
+            self.streamed.connect(experts, [o.streamed for o in layers if o.streamed is not None])
 
     def footprint(self) -> Footprint:
-        """Say that the children need all that is needed."""
-        return Footprint(self.site.device, 0, 0, 0)
+        """Say that the children need what is needed, but for buffers that layers share."""
+        buffers = 0 if self.streamed is None else self.streamed.device_bytes()
+        return Footprint(self.site.device, buffers, 0, 0)
+
+    def prefill_tokens(self) -> int | None:
+        """Say how long a chunk hides the copies of weights, where these are streamed."""
+        return None if self.streamed is None else self.streamed.chunk_tokens()
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name none: they are the children's."""
@@ -119,6 +152,8 @@ class HybridMoE(Operator):
             stream_of(self.site.device)
         except ImportError as error:
             raise ValueError(str(error)) from error
+        if self.streamed is not None:
+            check_gpu(self.site.device)
 
     def watch_routing(self, record: Callable[[int, torch.Tensor], None] | None) -> None:
         """Report the router's choice: the module of the experts is not called."""
@@ -145,7 +180,14 @@ class HybridMoE(Operator):
         awaited = index.shape[1] - (self.deferred_experts if defers else 0)
         parts = _heaviest_first(index, weights, awaited) if defers else [(index, weights)]
 
-        (now, *later), resident = experts.start(x, parts)
+        stream = stream_of(x.device)
+        now: ExpertsCall | StreamedCall
+        later: list[ExpertsCall] = []
+        resident: torch.Tensor | None = None
+        if self._is_streamed(len(x), hidden_states.shape[1]):
+            now = self._streamed_call(stream, x, index, weights)
+        else:
+            (now, *later), resident = experts.start(x, parts)
         shared = self.shared_experts(hidden_states)
         out: torch.Tensor = now.join()
         if resident is not None:
@@ -153,10 +195,29 @@ class HybridMoE(Operator):
         out = out.view_as(hidden_states) + shared
         arrived, self._arriving.call = self._arriving.call, None
         if arrived is not None:
-            out = out + arrived.join(stream_of(x.device)).view_as(hidden_states)
+            out = out + arrived.join(stream).view_as(hidden_states)
         if self._leaving is not None:  # what a forward that failed has left there goes
             self._leaving.call = later[0] if later else None
         return out
+
+    def _is_streamed(self, tokens: int, new_tokens: int) -> bool:
+        """Tell whether the device computes all experts of a forward; no graph holds that."""
+        if self.streamed is None or is_decode(new_tokens) or recorded_graph() is not None:
+            return False
+        return self.streamed.chosen(tokens)
+
+    def _streamed_call(
+        self, stream: Stream, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> StreamedCall:
+        # Triton is heavy, and needed here alone.
+        from ktransformers.operators.kernels.packed_experts import SortedTokens
+
+        assert self.streamed is not None
+        experts: HostExperts = self.experts  # type: ignore[assignment]  # as `connect` has found
+        experts.native_layer()  # or it says that weights are not loaded
+        E, F = experts.num_experts, experts.moe_intermediate_size
+        tokens = SortedTokens(x, index, weights, E, experts.weights.format, F)
+        return self.streamed.call(stream, len(x), tokens.add, tokens.result)
 
     def extra_repr(self) -> str:
         """Show the number where the module tree is printed."""
@@ -165,6 +226,27 @@ class HybridMoE(Operator):
 
 def _follows(site: Site, before: Site) -> bool:
     return None not in (site.layer, before.layer) and site.layer == before.layer + 1  # type: ignore[operator]  # it looks
+
+
+def _streamed(site: Site, mode: Mode, gib: float) -> StreamedLayer | None:
+    """Return what streams a layer's weights, or None where that is not asked for or can't be.
+
+    Raises ValueError where it can't be, but always should.
+    """
+    if mode not in ("auto", "never", "always"):
+        raise ValueError(f"stream_prefill {mode!r} is not auto, never or always")
+    if type(gib) not in (int, float) or not gib > 0:
+        raise ValueError(f"stream_gib {gib!r} is not a number above 0")
+    reason = None
+    if site.device.type != "cuda" and not (mode == "always" and interpreting()):
+        reason = f"{site.device} is no GPU"
+    elif site.dtype not in (torch.float16, torch.bfloat16):
+        reason = f"takes float16 or bfloat16 activations, not {site.dtype}"
+    if mode == "always" and reason is not None:
+        raise ValueError(f"stream_prefill always: {reason}")
+    if mode == "never" or reason is not None:
+        return None
+    return StreamedLayer(site, mode, int(gib * 2**30))
 
 
 def _heaviest_first(
