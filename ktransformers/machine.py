@@ -1,9 +1,14 @@
-"""Whether this machine can run what a plan puts in place: asked before anything is loaded.
+"""What this machine has, and whether it can run what a plan puts in place.
 
-`plan` does not ask: a rule file for another machine can be looked at, and packed, on this one.
+`plan` does not ask: a rule file for another machine can be looked at, and packed, on this one. What
+is to be loaded is asked for before anything is.
 """
 
 from __future__ import annotations
+
+import os
+
+import torch
 
 from ktransformers.gpu_options import check_present
 from ktransformers.inject import Plan, Replacement
@@ -29,3 +34,16 @@ def check_machine(planned: Plan) -> None:
         text = f"{what} at {first.name}{more}: {reason}"
         problems.add(first.rule.place(""), text)
     problems.check()
+
+
+def memory_bytes() -> int:
+    """Return the memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def gpu_bytes() -> tuple[int, ...]:
+    """Return the memory of each GPU of this machine, in order; none where torch finds none."""
+    if not torch.cuda.is_available():
+        return ()
+    count = torch.cuda.device_count()
+    return tuple(torch.cuda.get_device_properties(index).total_memory for index in range(count))

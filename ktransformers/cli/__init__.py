@@ -11,6 +11,7 @@ from ktransformers.cli.common import errors_for_users
 from ktransformers.cli.explain import explain
 from ktransformers.cli.generate import generate
 from ktransformers.cli.pack import pack
+from ktransformers.cli.plan import plan
 from ktransformers.cli.rules import rules
 
 __all__ = ["main"]
@@ -18,7 +19,8 @@ __all__ = ["main"]
 EPILOG = """\b
 Examples:
   ktransformers rules
-  ktransformers explain deepseek-ai/DeepSeek-V2-Lite --rules deepseek-v2-lite-cpu-int8
+  ktransformers plan deepseek-ai/DeepSeek-V2-Lite --gpu 12 --memory 32 --out my-rules.yaml
+  ktransformers explain deepseek-ai/DeepSeek-V2-Lite --rules deepseek-v2-cpu-int8
   ktransformers pack path/to/DeepSeek-V2-Lite --rules my-rules.yaml
   ktransformers chat path/to/DeepSeek-V2-Lite --rules my-rules.yaml --set threads=16
 
@@ -79,5 +81,5 @@ def _options(
         typer.echo(context.get_help())
 
 
-for verb in (chat, generate, explain, pack, rules):
+for verb in (chat, generate, explain, plan, pack, rules):
     main.command()(errors_for_users(verb))

@@ -71,6 +71,21 @@ def explain(model: PreTrainedModel, planned: Plan) -> Explanation:
     return Explanation(rows, node.costs, plain.costs)
 
 
+def costs_by_module(model: PreTrainedModel, planned: Plan) -> dict[str, Costs]:
+    """Return what each module needs under the plan, with everything beneath it, by dotted name.
+
+    What an operator does itself has no name here.
+    """
+    replacements = {item.name: item for item in planned.replacements}
+    return dict(_named_costs("", _Tree(model, replacements).node("", model)))
+
+
+def _named_costs(name: str, node: _Node) -> Iterator[tuple[str, Costs]]:
+    yield name, node.costs
+    for child, below in node.children:
+        yield from _named_costs(f"{name}.{child}" if name else child, below)
+
+
 @dataclass(frozen=True, slots=True)
 class _Node:
     """A module with what is beneath it; equal nodes look the same."""

@@ -15,6 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from command_line import GREEDY, call, finished, start
+from ktransformers.rules import shipped_rules
 
 # What is quick
 
@@ -27,17 +28,19 @@ def test_no_argument_prints_help() -> None:
 
 def test_help_teaches_every_verb_and_shows_an_example() -> None:
     out = call("--help").out
-    verbs = ["chat", "generate", "explain", "pack", "rules"]
+    verbs = ["chat", "generate", "explain", "plan", "pack", "rules"]
     assert [verb for verb in verbs if f"\n  {verb} " in out] == verbs
     assert "\n    ktransformers chat path/to/DeepSeek-V2-Lite --rules " in out
 
 
-@pytest.mark.parametrize("verb", ["chat", "generate", "explain", "pack"])
+@pytest.mark.parametrize("verb", ["chat", "generate", "explain", "plan", "pack"])
 def test_help_of_a_verb_shows_an_example(verb: str) -> None:
     assert f"\n  ktransformers {verb} " in call(verb, "--help").out
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["rules"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["--version"], ["rules"], ["generate", "--help"], ["plan", "--help"]]
+)
 def test_what_needs_no_model_imports_no_torch(args: list[str]) -> None:
     code = (
         "import sys\n"
@@ -75,11 +78,7 @@ def test_a_pipe_that_is_closed_early_ends_it_quietly() -> None:
 # Wrong calls
 
 
-SHIPPED = (
-    "shipped: deepseek-v2-cpu-int4, deepseek-v2-cpu-int8, deepseek-v2-gpu-cpu-int8, "
-    "deepseek-v3-cpu-int4, deepseek-v3-cpu-int8, deepseek-v3-gpu-cpu-int8, tiny-cpu-int4, "
-    "tiny-cpu-int8"
-)
+SHIPPED = f"shipped: {', '.join(shipped_rules())}"
 
 
 @pytest.mark.parametrize(
