@@ -88,8 +88,12 @@ def local_chat(
         bool, typer.Option("--force_think", help="Begin every answer with <think>.")
     ] = False,
     device: Annotated[
-        str, typer.Option("--device", help="Of what is not on the CPU anyway: cpu so far.")
-    ] = "cpu",
+        str | None,
+        typer.Option(
+            "--device",
+            help="cpu: choose no rule file for GPUs.  [default: one, where it fits those here]",
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token."),
@@ -123,8 +127,10 @@ def local_chat(
     verbose: Verbose = False,
 ) -> None:
     """Chat with a model. An empty line asks what is in the prompt file; Ctrl-C ends an answer."""
-    if device != "cpu":
-        raise ValueError(f"--device {device}: only cpu is supported so far")
+    if device not in (None, "cpu"):
+        raise ValueError(
+            f"--device {device}: rule files say what stands on which GPU; leave it out, or say cpu"
+        )
     sampling = sampling_arguments(
         temperature=temperature,
         top_p=top_p,
@@ -135,11 +141,14 @@ def local_chat(
     )
     question = None if prompt_file is None else _read(prompt_file)
     weights = None if gguf_path is None else _weights(gguf_path)
-    rules = optimize_config_path or _choose_rules(model_path)
+    rules = optimize_config_path
+    takes_threads = rules is not None
+    if rules is None:
+        rules, takes_threads = _choose_rules(model_path, with_gpus=device is None)
     opened = open_model(
         model_path,
         rules,
-        [] if cpu_infer is None else [f"threads={cpu_infer}"],
+        [f"threads={cpu_infer}"] if cpu_infer is not None and takes_threads else [],
         None,
         "auto",
         CacheMode.map,
@@ -169,8 +178,11 @@ def _read(prompt_file: Path) -> str:
         raise ValueError(f"{prompt_file}: not UTF-8 at byte {error.start}") from None
 
 
-def _choose_rules(model_path: str) -> str:
-    """Return the name of the rule file that suits, and say which it is."""
+def _choose_rules(model_path: str, *, with_gpus: bool) -> tuple[str, bool]:
+    """Return the name of the rule file that suits, and say which it is.
+
+    And whether it leaves the CPU anything to have threads for.
+    """
     from ktransformers.cli.common import quiet_libraries
     from ktransformers.hub import resolve_model
 
@@ -179,9 +191,9 @@ def _choose_rules(model_path: str) -> str:
 
     from ktransformers.shipped import choose_rules
 
-    choice = choose_rules(folder)
+    choice = choose_rules(folder, gpus=None if with_gpus else ())
     typer.echo(f"rules: {choice.rules} ({choice.reason})", err=True)
-    return choice.rules
+    return choice.rules, choice.computes_on_cpu
 
 
 def _weights(gguf_path: str) -> str:

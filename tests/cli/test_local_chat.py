@@ -11,6 +11,7 @@ import pytest
 
 from command_line import PATIENCE_S, Outcome
 from ktransformers.shipped import choose_rules
+from shipped_files import MODELS
 from tiny_models import random_model, v2_config
 
 SCRIPT = Path(__file__).parents[2] / "ktransformers" / "local_chat.py"
@@ -111,7 +112,7 @@ def test_sampling_can_be_chosen(folder: Path, prompt_file: Path, rule_file: Path
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--device", "cuda:0"], "--device cuda:0: only cpu is supported so far"),
+        (["--device", "cuda:0"], "--device cuda:0: rule files say what stands on which GPU; leave"),
         (["--gguf_path", "a.gguf"], "a.gguf: GGUF is not read yet; pass a folder of safetensors"),
         (["--prompt_file", "nowhere.txt"], "nowhere.txt: No such file or directory"),
     ],
@@ -134,6 +135,28 @@ def test_the_first_rules_whose_weights_fit_are_chosen(folder: Path, tmp_path: Pa
     too_few = choose_rules(tmp_path, memory=1 << 20)
     assert too_few.rules == "deepseek-v2-cpu-int4"
     assert too_few.reason.endswith("too few, but nothing smaller is shipped")
+
+
+@pytest.mark.parametrize(
+    ("model", "memory", "gpus", "rules"),
+    [
+        ("deepseek-v3", 400, [24, 24], "deepseek-v3-2x24gb-cpu-int4"),
+        ("deepseek-v3", 800, [24, 24, 12], "deepseek-v3-2x24gb-cpu-int8"),
+        ("deepseek-v3", 400, [12, 24], "deepseek-v3-1x12gb-cpu-int4"),
+        ("deepseek-v3", 400, [8], "deepseek-v3-cpu-int4"),
+        ("deepseek-v3", 300, [24], "deepseek-v3-cpu-int4"),  # which can be mapped
+        ("deepseek-v2-lite", 400, [24, 24], "deepseek-v2-lite-1x12gb"),
+        ("deepseek-v2-lite", 400, [], "deepseek-v2-cpu-int8"),
+    ],
+)
+def test_rules_for_the_gpus_that_are_here_are_chosen_where_they_fit(
+    tmp_path: Path, model: str, memory: int, gpus: list[int], rules: str
+) -> None:
+    MODELS[model].config.save_pretrained(tmp_path)
+    cards = [int(size * 1.055e9) for size in gpus]  # what the driver shows of a card
+    choice = choose_rules(tmp_path, memory=memory * 10**9, gpus=cards)
+    assert choice.rules == rules
+    assert ("cuda:0" in choice.reason) == ("gb" in rules)
 
 
 def test_a_model_without_shipped_rules_says_so(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from command_line import call
 from ktransformers import optimize_and_load
+from ktransformers.rules import shipped_rules
 from tiny_models import random_model, v3_config
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +59,26 @@ def test_the_python_of_the_readme_runs(
     arguments = [names[n] for n in ("hidden_states", "top_k_index", "top_k_weights")]
     names["experts"].layer.forward(*arguments, expected)
     assert np.array_equal(names["out"], expected)
+
+
+def test_the_commands_of_the_page_on_plans_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    (commands,) = blocks("docs/plan.md", "sh")
+    for command in commands.splitlines():
+        outcome = call(*command.split()[1:])
+        assert outcome.code == 0, outcome
+        assert "Int4Linear" in outcome.out or "rules.yaml: written" in outcome.out
+
+
+def test_the_files_of_the_page_on_plans_come_with_the_package() -> None:
+    text = (ROOT / "docs" / "plan.md").read_text()
+    machines = re.findall(r"`(\dx\d\dgb)`", text)
+    names = [f"deepseek-v{v}-{machine}-cpu-int8" for v in (2, 3) for machine in machines]
+    assert len(names) == 8
+    assert {*names, "deepseek-v2-lite-1x12gb"} <= set(shipped_rules())
 
 
 def test_the_rules_of_the_readme_reduce_experts_where_they_say(

@@ -41,9 +41,9 @@ from tiny_models import random_model, v3_config
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SHIPPED = [
-    ("deepseek-v3-gpu-cpu-int8", DeepseekV3Config(num_hidden_layers=5)),
+    ("deepseek-v3-1x24gb-cpu-int8", DeepseekV3Config(num_hidden_layers=6)),
     (
-        "deepseek-v2-gpu-cpu-int8",
+        "deepseek-v2-1x12gb-cpu-int8",
         DeepseekV2Config(
             num_hidden_layers=3,
             first_k_dense_replace=1,
