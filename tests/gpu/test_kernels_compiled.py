@@ -20,6 +20,7 @@ from triton_aot import Compiled
 ALL = cases()
 ON_NVIDIA = [case for case in ALL if case.target != AMD]
 WEIGHTS = [case for case in ON_NVIDIA if case.kernel.startswith("int4")]
+PACKED = [case for case in ON_NVIDIA if case.kernel == "packed_experts_kernel"]
 ATTENTION = [case for case in ON_NVIDIA if case.kernel in ("decode_parts", "prefill_rows")]
 FP8 = [case for case in ATTENTION if case.kind == "fp8e4nv"]
 COPY = r"cp\.async\.cg\.shared\.global \[[^;]*\], 0x10"  # 16 bytes, past the registers
@@ -69,6 +70,21 @@ def test_weights_go_from_16_byte_loads_through_registers_to_tensor_cores(
     unpacking = found.ptx.index("lop3.b32")
     last = [match.start() for match in re.finditer(multiply, found.ptx)][-1]
     assert "st.shared" not in found.ptx[unpacking:last]
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_the_cpus_weights_go_from_16_byte_loads_through_registers_to_tensor_cores(
+    case: Case, compiled: dict[Case, Compiled]
+) -> None:
+    found = compiled[case]
+    assert found.count(COPY) > 0
+    multiply = r"wgmma\.mma_async" if case.target == "sm_90" else r"mma\.sync"
+    at = [match.start() for match in re.finditer(multiply, found.ptx)]
+    assert at
+    if case.kind.endswith("down"):  # of gate and up the first writes its sums before the other
+        assert "st.shared" not in found.ptx[at[0] : at[-1]]
+    consumer = SHARED["sm_89" if case.target == "sm_80" else case.target]  # sm_86 runs sm_80's
+    assert found.resources.shared <= consumer
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=str)

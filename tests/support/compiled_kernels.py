@@ -14,6 +14,8 @@ from ktransformers.operators.kernels.int4_linear import choose_tiles as linear_t
 from ktransformers.operators.kernels.int4_weight import Int4Format
 from ktransformers.operators.kernels.mla_decode import MAX_PARTS, SUM_COLUMNS
 from ktransformers.operators.kernels.mla_keys import choose_tiles as mla_tiles
+from ktransformers.operators.kernels.packed_experts import MOST_SLOTS
+from ktransformers.operators.kernels.packed_experts import choose_tile as packed_tile
 from ktransformers.operators.kernels.split_sum import BLOCK
 from triton_aot import Job
 
@@ -34,7 +36,7 @@ class Case:
     target: str
     size: int = 0  # tokens, or rows that share their keys
     format: Int4Format | None = None
-    kind: str = "bf16"  # of activations, or of the cache
+    kind: str = "bf16"  # of activations, or of the cache; or which weights
 
     def __str__(self) -> str:
         """Name the case in a test's id."""
@@ -58,6 +60,13 @@ EXPERTS = [
     (4096, Int4Format(128, False), "gate_up"),
     (4096, Int4Format(128, True), "gate_up"),
 ]
+# Of the CPU's weights, blocks as full as they get; gate and up, or down.
+PACKED = {
+    "sm_80": ("int8 gate_up", "int4-128 down"),
+    "sm_89": ("bf16 gate_up",),
+    "sm_90": ("int8 down", "int4-32 gate_up", "bf16 down"),
+}
+PLANES = {"int8": 4, "bf16": 2, "int4-32": 8, "int4-128": 8}  # values of a word
 
 
 def cases() -> list[Case]:
@@ -74,6 +83,8 @@ def cases() -> list[Case]:
         experts = EXPERTS[1:3] if fewer else EXPERTS
         found += [Case("int4_linear_kernel", target, *each) for each in linear]
         found += [Case("int4_experts_kernel", target, *each) for each in experts]
+        packed = PACKED[target]
+        found += [Case("packed_experts_kernel", target, MOST_SLOTS, kind=kind) for kind in packed]
         alone = ("split_sum_kernel", "sum_parts", "expert_upload_kernel")
         found += [Case(name, target) for name in alone]
         for cache in ("bf16",) if target == "sm_80" else ("bf16", "fp8e4nv"):
@@ -88,6 +99,7 @@ def job(case: Case) -> Job:
     return {
         "int4_linear_kernel": _linear,
         "int4_experts_kernel": _experts,
+        "packed_experts_kernel": _packed,
         "expert_upload_kernel": _upload,
         "split_sum_kernel": _split_sum,
         "decode_parts": _attention,
@@ -158,6 +170,36 @@ def _experts(case: Case) -> Job:
     absent += ["zero_point", "sums"] if case.format.symmetric else []
     how = {"num_warps": 4, "num_stages": 5} if block_m <= 16 else {"num_warps": 8, "num_stages": 3}
     return _job("int4_experts", case, signature, constexprs, absent, **how)
+
+
+def _packed(case: Case) -> Job:
+    weight, matrix = case.kind.split()
+    gated, group = matrix == "gate_up", int(weight.partition("-")[2] or 0)
+    tile = packed_tile(case.size, PLANES[weight], gated=gated)
+    signature = {
+        "x": "*bf16:16",
+        "words": "*i32:16",
+        "scale": "*bf16:16" if group else "*fp32:16",
+        "slots": "*i32:16",
+        "experts": "*i32:16",
+        "slot_weights": "*fp32:16",
+        "out": "*bf16:16" if gated else "*fp32:16",
+        **dict.fromkeys(("SLOTS", "N", "PADDED_N", "WORDS", "SCALES", "OUT_WORDS"), "i32:16"),
+        **dict.fromkeys(("FIRST", "LAST"), "i32"),
+    }
+    constexprs: dict[str, Any] = {
+        "SLOTS_PER_ROW": 8 if gated else 1,
+        "PLANES": PLANES[weight],
+        "GROUP": group,
+        "BLOCK_M": case.size,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_Q": tile.block_q,
+        "EVEN": True,
+    }
+    absent = ["scale"] if weight == "bf16" else []
+    absent += ["slot_weights"] if gated else []
+    how = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return _job("packed_experts", case, signature, constexprs, absent, **how)
 
 
 def _upload(case: Case) -> Job:
