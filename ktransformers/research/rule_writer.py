@@ -13,6 +13,7 @@ from itertools import groupby
 from ktransformers.research.dealing import Deal, Stage
 from ktransformers.research.device_memory import GB, Machine, Need
 
+COLUMNS = 100  # of a line
 OPERATORS = "ktransformers.operators"
 # Of attention, of shared experts and of dense layers.
 PROJECTIONS = (
@@ -117,12 +118,13 @@ class _Writer:
     def lines(self) -> Iterator[str]:
         """Yield the file's lines."""
         groups = [", ".join(group) for group in self.variables()]
-        if self.many:
+        together = f"vars: {{{', '.join(groups)}}}"
+        if self.many or len(together) > COLUMNS:
             yield "vars: {"
             yield from (f"  {group}," for group in groups)
             yield "}"
         else:
-            yield f"vars: {{{', '.join(groups)}}}"
+            yield together
         yield "rules:"
         if self.dealt.cpu_layers:
             yield from self.whole_layers()
@@ -149,6 +151,8 @@ class _Writer:
         common = [f"group_size: {self.style.group_size}"]
         if self.dealt.cpu_layers or self.on_cpu:
             common.insert(0, f"threads: {self.style.threads or 'auto'}")
+        if self.on_cpu:
+            common.append("stream_prefill: never")  # its buffers are not counted
         if self.many:
             yield [f"projections: '{PROJECTIONS}'"]
         yield common
@@ -255,8 +259,10 @@ class _Writer:
         yield f"  # The CPU computes the {which} experts while the GPU does the shared ones"
         if self.dealt.partly_resident:
             yield "  # and those routed ones that it holds of a layer."
+        yield "  # stream_prefill=auto: it computes the routed ones of long prompts, where that is"
+        yield "  # faster, from weights that come to it meanwhile, in 4 GiB of its memory."
         yield f"  - match: {{{moe}}}"
-        yield f"    replace: {{class: {OPERATORS}.hybrid.HybridMoE}}"
+        yield from _replace("hybrid.HybridMoE", "stream_prefill: '${stream_prefill}'")
 
     def head(self) -> Iterator[str]:
         """Yield the rule for the head."""
