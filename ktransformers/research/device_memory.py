@@ -48,7 +48,8 @@ class Machine:
     def gpus_named(self) -> str:
         """Return the GPUs as people say them."""
         sizes = sorted(set(self.gpus), reverse=True)
-        return " + ".join(f"{self.gpus.count(size)} x {size:g} GB of GPU" for size in sizes)
+        cards = " + ".join(f"{self.gpus.count(size)} x {size:g}" for size in sizes)
+        return f"{cards} GB of GPU"
 
     def room(self, device: str) -> float:
         """Return how many bytes may be used of `cpu` or of a GPU such as `cuda:0`."""

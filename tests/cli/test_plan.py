@@ -62,6 +62,7 @@ def test_the_machine_it_runs_on_is_the_one_it_plans_for(
     text = call("plan", model).out
     assert "ktransformers plan " in text
     assert "--gpu 25.3 --gpu 12.6 --memory 67\n" in text
+    assert "# Machine: 1 x 25.3 + 1 x 12.6 GB of GPU and 67 GB of memory, for " in text
     assert "#   cuda:1: not needed\n" in text
 
 
