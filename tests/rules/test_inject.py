@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from typing_extensions import Self
 
 from ktransformers.base import Operator, Site
+from ktransformers.expert_profile import write_profile
 from ktransformers.inject import Plan, apply, format_replacements, plan
 from ktransformers.rules import Rule, RuleError, load_rules
 from tiny_models import v2_config, v3_config
@@ -962,9 +963,11 @@ def test_the_examples_of_the_guide_do_what_it_says(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = (DOCS / "rules.md").read_text()
-    model = meta_model(v3_config(num_hidden_layers=61, first_k_dense_replace=3))
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "n_routed_experts": 32}
+    model = meta_model(v3_config(num_hidden_layers=61, first_k_dense_replace=3, **sizes))
+    write_profile("v3-uses.json", 8192, {layer: [1] * 32 for layer in range(3, 61)})
     examples = text.split("```yaml\n")[1:]
-    assert len(examples) == 5
+    assert len(examples) == 6
     for example in examples:
         Path("rules.yaml").write_text(example.partition("```")[0])
         lines = format_replacements(plan(model, load_rules("rules.yaml"), dtype=torch.bfloat16))
