@@ -42,9 +42,30 @@ from ktransformers.cache_layer import (
 )
 from ktransformers.cache_pages import PageTable
 
-__all__ = ["DTYPES", "SCALED", "Format", "LatentCache", "LatentPages", "check_fits"]
+__all__ = [
+    "DTYPES",
+    "SCALED",
+    "Format",
+    "LatentCache",
+    "LatentPages",
+    "check_fits",
+    "default_limit",
+]
 
+GPU_TOKENS = 16384  # what `ktransformers plan` leaves room for, where nobody says
 LayerTensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # latent, scale, rope
+
+
+def default_limit(model: PreTrainedModel, wanted: int = 0) -> int:
+    """Return for how many tokens a cache is made where nobody says.
+
+    On the CPU memory is taken as tokens come, and a model gets what it was made for; on a GPU it is
+    taken at once, and there it gets `GPU_TOKENS` at most, or as many as are `wanted`.
+    """
+    limit: int = model.config.max_position_embeddings
+    if any(tensor.is_cuda for tensor in (*model.parameters(), *model.buffers())):
+        limit = min(limit, GPU_TOKENS)
+    return max(limit, wanted)
 
 
 class LatentCache(Cache):

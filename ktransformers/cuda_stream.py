@@ -14,6 +14,8 @@ import torch
 
 from ktransformers.streams import Event, Graph, HostFunction, Stream, use
 
+LEAST_BINDINGS = (13, 5)  # of cuda-bindings
+
 
 class CudaStream(Stream):
     """Torch's current stream of a GPU, or another one."""
@@ -24,11 +26,19 @@ class CudaStream(Stream):
         try:
             self._runtime: Any = importlib.import_module("cuda.bindings.runtime")
             self._driver: Any = importlib.import_module("cuda.bindings.driver")
+            version: str = importlib.import_module("cuda.bindings").__version__
         except ImportError as error:
             raise ImportError(
                 f"calls to the host in a stream of {device} need cuda-bindings: "
                 "pip install 'ktransformers[gpu]'"
             ) from error
+        # Older ones call the host through a function of their own, which takes the GIL, and whose
+        # memory the first replay of a graph frees (cuda-python, issue 790).
+        if tuple(map(int, version.split(".")[:2])) < LEAST_BINDINGS:
+            raise ImportError(
+                f"calls to the host in a stream of {device} need cuda-bindings 13.5 or later, not "
+                f"{version}: pip install --upgrade 'ktransformers[gpu]'"
+            )
         self.device = device
         self._one_at_a_time = threading.Lock()
         # Of several GPUs one may not wait in a host function: it could hold up another's.
@@ -57,8 +67,8 @@ class CudaStream(Stream):
             self._check(self._runtime.cudaHostRegister(address, host.nbytes, flags))
         except RuntimeError as error:
             raise RuntimeError(
-                f"{error}: {host.nbytes:,} bytes of the host's memory can't be locked for copies "
-                "(stream_prefill: never does without)"
+                f"{error}: {host.nbytes:,} bytes of the host's memory can't be locked for the GPU "
+                "to read"
             ) from error
         weakref.finalize(host, self._runtime.cudaHostUnregister, address).atexit = False
 
@@ -77,8 +87,11 @@ class CudaStream(Stream):
             self._launch(function.sync, function.arguments)
             return
         equal = self._driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ.value
-        # Pinned memory has one address for host and device.
-        self._check(self._driver.cuStreamWaitValue32(self._handle(), done.data_ptr(), 1, equal))
+        # The default stream has no handle but the current device's. Pinned memory has one address
+        # for host and device.
+        with torch.cuda.device(self.device):
+            result = self._driver.cuStreamWaitValue32(self._handle(), done.data_ptr(), 1, equal)
+        self._check(result)
 
     def record(self) -> Event:
         """See `Stream`."""

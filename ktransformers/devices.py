@@ -79,5 +79,6 @@ class Bring:
 
     def _moved(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.device != self.device:
-            return value.to(self.device, non_blocking=True)
+            # To the CPU it would be there before what it holds.
+            return value.to(self.device, non_blocking=self.device.type != "cpu")
         return value

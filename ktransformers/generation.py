@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ktransformers.cache import LatentCache, check_fits
+from ktransformers.cache import LatentCache, check_fits, default_limit
 from ktransformers.decode import decode, plain_request, stop_strings
 from ktransformers.last_position import last_position_only
 from ktransformers.parallel import POLL_S
@@ -126,7 +126,7 @@ def stream(
     stops = stop_strings(model, sampling)
     T, limit = input_ids.shape[1], sampling.get("max_new_tokens") or 1
     if cache is None and getattr(model.config, "kv_lora_rank", None):
-        cache = LatentCache.for_model(model, max(model.config.max_position_embeddings, T + limit))
+        cache = LatentCache.for_model(model, default_limit(model, T + limit))
     if cache is not None:
         cache.claim(model)
         check_fits(T + limit - 1, cache.max_tokens)  # the last token is never read

@@ -148,9 +148,15 @@ def chunk_tokens(model: PreTrainedModel, memory: int | None = None) -> int:
         memory = max(MEMORY, sum(tensor.nbytes for tensor in tensors) // MEMORY_SHARE)
         gpus = {tensor.device for tensor in tensors if tensor.is_cuda}
         if asked and gpus:
-            memory = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus) // GPU_SHARE
+            memory = min(map(_free, gpus)) // GPU_SHARE
     fitting = memory // activation_bytes(config, model.dtype.itemsize)
     return max(STEP, min(wanted, fitting) // STEP * STEP)
+
+
+def _free(gpu: torch.device) -> int:
+    """Return the bytes that a tensor may still take, torch's own reserve included."""
+    unused = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return torch.cuda.mem_get_info(gpu)[0] + unused
 
 
 def activation_bytes(config: PreTrainedConfig, itemsize: int) -> int:

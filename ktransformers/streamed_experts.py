@@ -19,6 +19,7 @@ Who computes is not said here, nor with which kernel.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from ktransformers.host_experts import HostExperts
 from ktransformers.machine_rates import measured_rates
 from ktransformers.prefill_cost import ModelSizes, Rates, hiding_tokens, streaming_pays
 from ktransformers.streams import Stream, stream_of
+
+logger = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # bytes, of a tensor in a buffer
 Mode = Literal["auto", "never", "always"]
@@ -74,6 +77,11 @@ class TwoBuffers(Generic[P]):
             finally:
                 self._read[at] = stream.record()
             self._hold(stream, pieces[1:3])
+
+    def synchronize(self) -> None:
+        """Wait, here, for copies on their way."""
+        if self._copies is not None:
+            self._copies.synchronize()
 
     def _hold(self, stream: Stream, pieces: Sequence[P]) -> None:
         """Copy those of one or two pieces that are not there over what is none of them."""
@@ -175,6 +183,9 @@ class Buffers:
         self.two: TwoBuffers[Piece] = TwoBuffers(self._copy)
         self._memory: list[torch.Tensor] = []
 
+    def __del__(self) -> None:
+        self.two.synchronize()  # after an error copies may be on their way to what is freed here
+
     def reserve(self, layer: HostExperts, pieces: Sequence[Piece]) -> None:
         """Make them large enough for the pieces of a layer, before they are first used."""
         assert not self._memory
@@ -242,7 +253,22 @@ class StreamedLayer:
         """Tell whether so many tokens of prefill are computed on the device."""
         if self._mode == "always" or not self._pieces:
             return bool(self._pieces)
-        return streaming_pays(self._rates(), self._sizes, tokens, len(self._pieces))
+        pays = streaming_pays(self._rates(), self._sizes, tokens, len(self._pieces))
+        return pays and self._can_be_read()
+
+    def _can_be_read(self) -> bool:
+        """Tell whether the device can read the weights; where it can't, the CPU computes on."""
+        try:
+            self._pin(stream_of(self._site.device))
+        except RuntimeError as error:
+            logger.warning("%s: prefill is not streamed: %s", self._site.name, error)
+            self._pieces = []
+        return bool(self._pieces)
+
+    def _pin(self, stream: Stream) -> None:
+        for name in self._experts.packed_matrices():
+            for buffer in self._experts.buffer_names(name):
+                stream.pin(self._experts.get_buffer(buffer))
 
     def chunk_tokens(self) -> int | None:
         """Return the shortest chunk that computes as long as its weights are copied."""
@@ -261,9 +287,7 @@ class StreamedLayer:
         result: Callable[[], torch.Tensor],
     ) -> StreamedCall:
         """Let the copies begin for so many tokens; see `StreamedCall`."""
-        for name in self._experts.packed_matrices():
-            for buffer in self._experts.buffer_names(name):
-                stream.pin(self._experts.get_buffer(buffer))
+        self._pin(stream)
         shared, ahead = self._shared, self._ahead(tokens)
         return StreamedCall(stream, shared.buffers, self._pieces, ahead, add, result)
 

@@ -137,9 +137,18 @@ class TokenGraph:
         Raises what the stack's check raises, once a token, and what went wrong on the host, after
         which the cache is as it was.
         """
+        cache = self._cache
+        if self._stack.check is not None:
+            self._stack.check()
+        before = cache.get_seq_length()
+        try:
+            return self._next(token_ids)
+        except BaseException:
+            cache.cut(before)
+            raise
+
+    def _next(self, token_ids: torch.Tensor) -> torch.Tensor:
         stack, cache = self._stack, self._cache
-        if stack.check is not None:
-            stack.check()
         layers, pages = cache.make_room_in_all(len(token_ids), 1)
         memory = [pages.lengths, *(tensor for layer in layers for tensor in layer)]
         if self._graph is None or not _are(self._recorded_on, memory):

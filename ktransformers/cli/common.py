@@ -219,7 +219,7 @@ class Opened:
         Raises ValueError where the options are for another model.
         """
         # It imports torch.
-        from ktransformers.cache import LatentCache
+        from ktransformers.cache import LatentCache, default_limit
 
         if not getattr(self.model.config, "kv_lora_rank", None):
             if tokens is None and format is KvFormat.auto:
@@ -228,7 +228,7 @@ class Opened:
                 "--cache-lens and --cache-format are for models with latent attention; "
                 f"{type(self.model).__name__} has none"
             )
-        limit = self.context if tokens is None else min(tokens, self.context)
+        limit = default_limit(self.model) if tokens is None else min(tokens, self.context)
         known = None if format is KvFormat.auto else format.value
         return LatentCache.for_model(self.model, limit, known)
 

@@ -26,6 +26,7 @@ Shape suffixes: B sequences, T new tokens, D hidden_size, K experts per token.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from typing import ClassVar
@@ -204,6 +205,8 @@ class HybridMoE(Operator):
         """Tell whether the device computes all experts of a forward; no graph holds that."""
         if self.streamed is None or is_decode(new_tokens) or recorded_graph() is not None:
             return False
+        if new_tokens == 1:  # of a prompt's last layer: all its weights for one position
+            return False
         return self.streamed.chosen(tokens)
 
     def _streamed_call(
@@ -235,7 +238,7 @@ def _streamed(site: Site, mode: Mode, gib: float) -> StreamedLayer | None:
     """
     if mode not in ("auto", "never", "always"):
         raise ValueError(f"stream_prefill {mode!r} is not auto, never or always")
-    if type(gib) not in (int, float) or not gib > 0:
+    if type(gib) not in (int, float) or not 0 < gib < math.inf:
         raise ValueError(f"stream_gib {gib!r} is not a number above 0")
     reason = None
     if site.device.type != "cuda" and not (mode == "always" and interpreting()):

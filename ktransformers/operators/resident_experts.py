@@ -21,7 +21,8 @@ slots, K top_k, F moe_intermediate_size.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -270,14 +271,14 @@ class ResidentExperts(HostExperts):
         Raises ValueError, naming file and tensor, for a wrong shape and for NaN or infinity;
         MemoryError where a device has no room.
         """
-        gpu = within_reach(self.device)
         moves = self.uploads is not None
         at_host = {expert: at for at, expert in enumerate(self.on_host)}
         at_gpu = at_host if moves else {expert: at for at, expert in enumerate(self.resident)}
         memory = self.placed_memory()
-        try:
+        with self._filling_gpu() as gpu:
+            home = torch.device("cpu") if moves else gpu
             tensors = {
-                name: _empty(shape, dtype, gpu, on_host=moves)
+                name: torch.empty(shape, dtype=dtype, device=home)
                 for name, (shape, dtype) in self.int4.layout(len(at_gpu)).items()
             }
             for index, (name, shape) in enumerate(self.weight_shapes().items()):
@@ -289,31 +290,42 @@ class ResidentExperts(HostExperts):
                 if expert in at_gpu:
                     check_finite(checkpoint, name, weight)
                     self.int4.put(tensors, at_gpu[expert], projection, weight.to(gpu))
-            self.use_placed(memory)
-            self.use_elsewhere({GPU + name: tensor for name, tensor in tensors.items()})
+        self.use_placed(memory)
+        self.use_elsewhere({GPU + name: tensor for name, tensor in tensors.items()})
+
+    def use_elsewhere(self, tensors: Tensors) -> None:
+        """Bring the experts to the GPU, or to memory that it can read, and some of those to it.
+
+        Raises MemoryError where the GPU has no room.
+        """
+        E, moves = self.num_experts, self.uploads is not None
+        with self._filling_gpu() as gpu:
+            for name, tensor in tensors.items():
+                if not moves:
+                    tensor = tensor.to(gpu)
+                elif gpu.type == "cuda":
+                    # Not torch's pinned memory, which comes in powers of two.
+                    tensor = torch.empty_like(tensor).copy_(tensor)
+                    stream_of(gpu).pin(tensor)
+                setattr(self, name, tensor)
+            held = {name: self.get_buffer(GPU + name) for name in self.int4.layout(0)}
+            if self.uploads is None:
+                self._policy = _Static((self.on_host, self.resident), E, gpu)
+            else:
+                host, held = held, self._filled_slots(held, gpu)
+                slots = ExpertSlots.holding(self.resident, E, gpu)
+                self._policy = _Lru(slots, host, held, self.uploads)
+        self._int4_weights = self.int4.weights(held)
+
+    @contextmanager
+    def _filling_gpu(self) -> Iterator[torch.device]:
+        """Yield the GPU. Raises MemoryError where it turns out to have no room."""
+        try:
+            yield within_reach(self.device)
         except torch.OutOfMemoryError as error:
             nbytes = len(self.resident) * self.int4.nbytes(1)
             reason = f"no memory on {self.device} for {nbytes:,} bytes of resident experts"
             raise MemoryError(self._refusal(reason)) from error
-
-    def use_elsewhere(self, tensors: Tensors) -> None:
-        """Bring the experts to the GPU, or to memory that it can read, and some of those to it."""
-        gpu, E = within_reach(self.device), self.num_experts
-        moves = self.uploads is not None
-        for name, tensor in tensors.items():
-            if not moves:
-                tensor = tensor.to(gpu)
-            elif gpu.type == "cuda":
-                tensor = tensor.pin_memory()
-            setattr(self, name, tensor)
-        held = {name: self.get_buffer(GPU + name) for name in self.int4.layout(0)}
-        if self.uploads is None:
-            self._policy = _Static((self.on_host, self.resident), E, gpu)
-        else:
-            host, held = held, self._filled_slots(held, gpu)
-            slots = ExpertSlots.holding(self.resident, E, gpu)
-            self._policy = _Lru(slots, host, held, self.uploads)
-        self._int4_weights = self.int4.weights(held)
 
     def _filled_slots(self, host: Tensors, gpu: torch.device) -> dict[str, torch.Tensor]:
         """Return the slots' memory, with the experts that it begins with; as buffers, too."""
@@ -375,15 +387,6 @@ class ResidentExperts(HostExperts):
         shape = f"num_experts={E}, {D} -> {F} -> {D}"
         gpu = f"{S} on {self.device} in {self.int4.format} ({how})"
         return f"{shape}, {gpu}, weight={self.weight_format}, threads={self.threads}"
-
-
-def _empty(
-    shape: tuple[int, ...], dtype: torch.dtype, gpu: torch.device, *, on_host: bool
-) -> torch.Tensor:
-    """Return memory of a GPU, or of the host for it to read."""
-    if not on_host:
-        return torch.empty(shape, dtype=dtype, device=gpu)
-    return torch.empty(shape, dtype=dtype, pin_memory=gpu.type == "cuda")
 
 
 def _check_policy(policy: object, uploads: object, resident: object, profile: object) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from ktransformers.cache import LatentCache
+from ktransformers.cache import GPU_TOKENS, LatentCache, default_limit
 from ktransformers.cache_pages import PAGE_TOKENS, PageTable
 from ktransformers.prefill import prefill
 from tiny_models import quantised, random_model, v3_config
@@ -315,3 +316,16 @@ def test_pages_given_back_are_used_again_and_a_shared_one_only_when_none_holds_i
     table.cut(PAGE_TOKENS)
     table.reserve(PAGE_TOKENS, PAGE_TOKENS + 1)
     assert table.tensor().tolist() == [[0, 1], [0, 2]]
+
+
+def test_a_cache_that_a_gpu_takes_at_once_is_no_longer_than_a_plan_has_room_for() -> None:
+    model = random_model(v3_config(max_position_embeddings=163840))
+    assert default_limit(model) == 163840  # on the CPU these are addresses
+    weight = model.lm_head.weight
+    on_gpu: Any = SimpleNamespace(
+        config=model.config,
+        parameters=lambda: iter([SimpleNamespace(is_cuda=True)]),
+        buffers=lambda: iter([weight]),
+    )
+    assert default_limit(on_gpu) == GPU_TOKENS
+    assert default_limit(on_gpu, 20000) == 20000

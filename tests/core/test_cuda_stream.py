@@ -24,6 +24,7 @@ class PretendedCuda:
         self.calls: list[str] = []
         self.current = {device: self.stream_of(device, "default") for device in (FIRST, SECOND)}
         self.fails: int = 0
+        self.on = FIRST  # the current device
         for name in ("MemPool", "CUDAGraph", "Stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         for name in ("stream", "use_mem_pool", "device", "graph", "synchronize", "current_stream"):
@@ -35,6 +36,8 @@ class PretendedCuda:
         )
         flags = SimpleNamespace(CU_STREAM_WAIT_VALUE_EQ=SimpleNamespace(value=1))
         driver = SimpleNamespace(CUstreamWaitValue_flags=flags, cuStreamWaitValue32=self.wait_word)
+        bindings = SimpleNamespace(__version__="13.5.0")
+        monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)
         monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
 
@@ -77,8 +80,12 @@ class PretendedCuda:
             self.current[stream.device] = before
 
     @contextmanager
-    def device(self, _: torch.device) -> Iterator[None]:
-        yield
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.on = self.on, device
+        try:
+            yield
+        finally:
+            self.on = before
 
     @contextmanager
     def use_mem_pool(self, pool: str, device: torch.device) -> Iterator[None]:
@@ -98,10 +105,12 @@ class PretendedCuda:
                 self.calls.append("capture ends")
 
     def host_function(self, stream: int, function: str, arguments: int) -> Any:
+        assert self.on.index == stream
         self.calls.append(f"stream {stream} calls {function} with {arguments}")
         return (self.result(),)
 
     def wait_word(self, stream: int, address: int, value: int, flags: int) -> Any:
+        assert self.on.index == stream  # the default stream's handle is that of any device
         self.calls.append(f"stream {stream} waits for {value} ({flags})")
         return (self.result(),)
 

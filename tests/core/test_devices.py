@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from ktransformers import optimize_and_load
-from ktransformers.devices import keep_on
+from ktransformers.devices import Bring, keep_on
 from ktransformers.inject import plan
 from ktransformers.load import build_on_meta
 from ktransformers.research.explain import explain
@@ -43,6 +43,26 @@ def test_a_module_moves_with_all_beneath_it_and_what_reaches_it() -> None:
     angles = model.model.rotary_emb(x, IDS)
     assert model.model.layers[0](x, position_embeddings=angles).device == CPU
     assert model.model.layers[1](x, position_embeddings=angles).device == META
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU, and notes how it is moved."""
+
+    moves: ClassVar[list[tuple[torch.device, bool]]] = []
+    device = torch.device("cuda:0")
+
+    def to(self, device: torch.device, *, non_blocking: bool) -> torch.Tensor:  # type: ignore[override]  # as it is called
+        self.moves.append((device, non_blocking))
+        return self
+
+
+def test_what_reaches_the_cpu_is_waited_for() -> None:
+    """A copy to the CPU that is not would be read before it is there."""
+    OnGpu.moves.clear()
+    value = torch.zeros(1).as_subclass(OnGpu)
+    for device in ("cpu", "cuda:1"):
+        Bring(torch.device(device))(torch.nn.Identity(), (value,), {})
+    assert OnGpu.moves == [(torch.device("cpu"), False), (torch.device("cuda:1"), True)]
 
 
 def test_layers_on_several_devices_hand_over_at_the_border() -> None:

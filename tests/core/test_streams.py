@@ -270,6 +270,7 @@ def test_cuda_bindings_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatc
 class Runtime:
     """Stands in for cuda.bindings.runtime where memory of the host is registered."""
 
+    __version__ = "13.5.0"
     cudaHostRegisterPortable, cudaHostRegisterReadOnly = 1, 8
     cudaDeviceAttr = SimpleNamespace(cudaDevAttrHostRegisterReadOnlySupported=113)
 
@@ -295,6 +296,19 @@ class Error(enum.IntEnum):
 
     success = 0
     memory = 2
+
+
+def test_cuda_bindings_whose_graphs_call_the_host_once_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = Runtime(read_only=0)
+    runtime.__version__ = "13.4.4"
+    with pytest.raises(ImportError) as caught:
+        cuda_stream(monkeypatch, runtime)
+    assert str(caught.value) == (
+        "calls to the host in a stream of cuda:1 need cuda-bindings 13.5 or later, not 13.4.4: pip "
+        "install --upgrade 'ktransformers[gpu]'"
+    )
 
 
 def cuda_stream(monkeypatch: pytest.MonkeyPatch, runtime: Any, stream: Any = None) -> CudaStream:
@@ -328,8 +342,7 @@ def test_memory_that_can_t_be_locked_is_an_error_that_says_what_to_do(
     with pytest.raises(RuntimeError) as caught:
         stream.pin(torch.zeros(100, dtype=torch.int32))
     assert str(caught.value) == (
-        "cuda:1: memory: 400 bytes of the host's memory can't be locked for copies "
-        "(stream_prefill: never does without)"
+        "cuda:1: memory: 400 bytes of the host's memory can't be locked for the GPU to read"
     )
 
 

@@ -4,6 +4,7 @@ stand in for the GPU. What of this needs a real one is in tests/gpu/test_streame
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -118,7 +119,8 @@ def test_prompt_is_read_by_streaming_and_tokens_are_written_on_the_cpu() -> None
             assert events.count("fill") == 0
             assert events.count("submit") == 2
             events.clear()
-        assert read.count("submit") == (0 if each is model else 2)
+        # The last layer computes one position, for which it is not worth all its weights.
+        assert read.count("submit") == (1 if each is model else 2)
     # Nobody's near tie in a router falls to the other side here.
     assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[1].abs().max()
 
@@ -280,6 +282,7 @@ def test_gpu_that_is_not_here_is_refused_unless_prefill_is_never_streamed(
     [
         ("bfloat16", {"stream_prefill": "often"}, "stream_prefill 'often' is not auto, never or"),
         ("bfloat16", {"stream_gib": 0}, "stream_gib 0 is not a number above 0"),
+        ("bfloat16", {"stream_gib": math.inf}, "stream_gib inf is not a number above 0"),
         ("bfloat16", {"stream_gib": "4"}, "stream_gib '4' is not a number above 0"),
         (
             "float32",

@@ -17,6 +17,7 @@ which `BatchMLAPagedAttentionWrapper` takes what is written here; before 0.7 the
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -57,6 +58,7 @@ class FlashInferMla(PackagedMla):
     graph_obstacle = "kernel flashinfer plans each step on the host: take triton or flashmla"
 
     def __init__(self) -> None:
+        self._one_at_a_time = threading.Lock()  # from a plan to what runs by it
         self._wrapper: Any = None  # the package's, made when a GPU is there
         self._planned: Planned | None = None
 
@@ -105,7 +107,7 @@ class FlashInferMla(PackagedMla):
             device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         ):
             raise RuntimeError(f"a CUDA graph can't hold this step: {self.graph_obstacle}")
-        with self.on_device(device):
+        with self.on_device(device), self._one_at_a_time:
             self._plan(q_latent, q_rope, pages, scaling)
             out = self._wrapper.run(
                 query=(q_latent.flatten(0, 1), q_rope.flatten(0, 1)),
