@@ -144,7 +144,7 @@ def local_chat(
     rules = optimize_config_path
     takes_threads = rules is not None
     if rules is None:
-        rules, takes_threads = _choose_rules(model_path, with_gpus=device is None)
+        rules, takes_threads = _choose_rules(model_path, cache_lens, with_gpus=device is None)
     opened = open_model(
         model_path,
         rules,
@@ -178,7 +178,7 @@ def _read(prompt_file: Path) -> str:
         raise ValueError(f"{prompt_file}: not UTF-8 at byte {error.start}") from None
 
 
-def _choose_rules(model_path: str, *, with_gpus: bool) -> tuple[str, bool]:
+def _choose_rules(model_path: str, context: int | None, *, with_gpus: bool) -> tuple[str, bool]:
     """Return the name of the rule file that suits, and say which it is.
 
     And whether it leaves the CPU anything to have threads for.
@@ -191,7 +191,7 @@ def _choose_rules(model_path: str, *, with_gpus: bool) -> tuple[str, bool]:
 
     from ktransformers.shipped import choose_rules
 
-    choice = choose_rules(folder, gpus=None if with_gpus else ())
+    choice = choose_rules(folder, gpus=None if with_gpus else (), context=context)
     typer.echo(f"rules: {choice.rules} ({choice.reason})", err=True)
     return choice.rules, choice.computes_on_cpu
 

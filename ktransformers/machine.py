@@ -16,8 +16,8 @@ from ktransformers.rule_file import Problems
 
 
 def check_machine(planned: Plan) -> None:
-    """Raise RuleError for all that cannot run or stand here, equal reasons of a rule together."""
-    refusals: dict[tuple[int, str], list[Replacement]] = {}
+    """Raise RuleError for all that cannot run or stand here, a sentence for each reason."""
+    refusals: dict[str, list[Replacement]] = {}
     for item in planned.replacements:
         try:
             if item.operator is not None:
@@ -25,11 +25,13 @@ def check_machine(planned: Plan) -> None:
             elif item.operator_class is None:
                 check_present(item.site.device)
         except ValueError as error:
-            refusals.setdefault((item.rule.index, str(error)), []).append(item)
+            refusals.setdefault(str(error), []).append(item)
     problems = Problems()
-    for (_, reason), items in refusals.items():
-        first = items[0]
+    for reason, items in refusals.items():
+        first, rules = items[0], {item.rule.index for item in items}
         more = f" (and {len(items) - 1:,} more)" if len(items) > 1 else ""
+        if len(rules) > 1:
+            more = f" (and {len(items) - 1:,} more, of {len(rules)} rules)"
         what = "default" if first.operator is None else type(first.operator).__name__
         text = f"{what} at {first.name}{more}: {reason}"
         problems.add(first.rule.place(""), text)

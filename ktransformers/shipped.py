@@ -39,13 +39,17 @@ class Choice:
 
 
 def choose_rules(
-    folder: Path, memory: int | None = None, gpus: Sequence[int] | None = None
+    folder: Path,
+    memory: int | None = None,
+    gpus: Sequence[int] | None = None,
+    context: int | None = None,
 ) -> Choice:
     """Return the shipped rule file for a model's folder and a machine.
 
     `memory` and the memory of each GPU, in bytes, are this machine's by default. A file for GPUs is
     taken where one fits; else the first of int8 and int4 whose weights fit the memory, and where
-    neither does, the last, since a packed cache can be mapped.
+    neither does, the last, since a packed cache can be mapped. GPUs must have room for a `context`
+    of so many tokens.
 
     Raises ValueError where no file is for this kind of model.
     """
@@ -53,13 +57,14 @@ def choose_rules(
     kind = str(model.config.model_type).replace("_", "-")
     memory = memory_bytes() if memory is None else memory
     gpus = gpu_bytes() if gpus is None else gpus
-    return _for_gpus(model, kind, memory, gpus) or _for_cpu(model, kind, memory, folder)
+    tokens = min(context or CONTEXT, context_limit(model))
+    machine = Machine(tuple(nbytes / GB for nbytes in gpus), memory / GB, tokens)
+    return _for_gpus(model, kind, machine) or _for_cpu(model, kind, memory, folder)
 
 
-def _for_gpus(model: PreTrainedModel, kind: str, memory: int, gpus: Sequence[int]) -> Choice | None:
+def _for_gpus(model: PreTrainedModel, kind: str, machine: Machine) -> Choice | None:
     """Return the file for most GPU memory whose plan fits."""
-    context = min(CONTEXT, context_limit(model))
-    machine = Machine(tuple(nbytes / GB for nbytes in gpus), memory / GB, context)
+    context = machine.context
     for name in _gpu_files(kind, machine.gpus):
         try:
             planned = plan(model, load_rules(name), dtype=model.dtype)

@@ -271,8 +271,7 @@ class Int4Linear(GpuOperator):
         """
         read = self.read_weights(checkpoint)
         with self.filling_gpu() as home:
-            weight = read[f"{self.site.name}.weight"].to(home)
-            tensors = quantise(weight, self.format).tensors()
+            tensors = quantise(read[f"{self.site.name}.weight"], self.format, home).tensors()
         if self.has_bias:
             tensors["bias"] = read[f"{self.site.name}.bias"].float()
         self.use_packed(tensors)

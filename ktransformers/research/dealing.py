@@ -49,6 +49,7 @@ class Stage:
     layers: range
     experts: tuple[int, ...] = ()  # those of the layers whose routed experts it holds, too
     some: tuple[int, int] | None = None  # one of the layers, and how many of its experts it holds
+    gpu: int = 0  # its number
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Deal:
 
     cpu_layers: int  # the first so many are the CPU's, whole
     embedding_on_gpu: bool
-    stages: tuple[Stage, ...]  # of the GPUs, in order; the last one has the head
+    stages: tuple[Stage, ...]  # of the GPUs that have any, in order; the last one has the head
 
     @property
     def resident(self) -> tuple[int, ...]:
@@ -122,33 +123,38 @@ class _Dealer:
         return max(found, key=lambda best: best[0])[2] if found else None
 
     def _best(self, gpus: int) -> _Best | None:
+        """Return the best deal to so many GPUs, whichever they are, in their order."""
+        stage_of = functools.cache(self._stage)
+
         @functools.cache
-        def from_on(gpu: int, begin: int) -> _Best | None:
-            """Deal the layers from `begin` on to this GPU and those after it."""
-            last = gpu == gpus - 1
-            best: _Best | None = None
+        def from_on(gpu: int, begin: int, gpus: int) -> _Best | None:
+            """Deal the layers from `begin` on to so many of this GPU and those after it."""
             if begin == self.count:
+                return (0, 0, ()) if gpus == 0 else None
+            if not 0 < gpus <= len(self.rooms) - gpu:
                 return None
-            for end in range(self.count if last else begin + 1, self.count + 1):
-                stage = self._stage(gpu, range(begin, end), last)
+            best: _Best | None = None
+            for end in range(begin + 1, self.count + 1):
+                stage = stage_of(gpu, begin, end)
                 if stage is None:
                     break  # nor has it room for more
-                rest: _Best | None = (0, 0, ()) if last else from_on(gpu + 1, end)
+                rest = from_on(gpu + 1, end, gpus - 1)
                 if rest is not None:
                     held, even = self._held(stage) + rest[0], rest[1] - (end - begin) ** 2
                     if best is None or (held, even) > best[:2]:
                         best = held, even, (stage, *rest[2])
-            return best
+            without = from_on(gpu + 1, begin, gpus)
+            return without if without and (best is None or without[:2] > best[:2]) else best
 
-        return from_on(0, self.first)
+        return from_on(0, self.first, gpus)
 
-    def _stage(self, gpu: int, layers: range, last: bool) -> Stage | None:
+    def _stage(self, gpu: int, begin: int, end: int) -> Stage | None:
         """Return what a GPU has with these layers; None where it has no room for them."""
-        cost = self.cost
+        cost, layers = self.cost, range(begin, end)
         used = self.until[layers.stop] - self.until[layers.start]
         if layers.start == self.first and self.embedding:
             used += cost.embedding
-        if last:
+        if end == self.count:
             used += cost.head
         if used + cost.activations > self.rooms[gpu]:
             return None
@@ -159,11 +165,11 @@ class _Dealer:
             if need > max(left, 0):
                 some = cost.num_experts * max(left, 0) // need
                 enough = some * cost.top_k >= cost.num_experts
-                return Stage(layers, tuple(whole), (layer, some) if enough else None)
+                return Stage(layers, tuple(whole), (layer, some) if enough else None, gpu)
             if need:
                 left -= need
                 whole.append(layer)
-        return Stage(layers, tuple(whole))
+        return Stage(layers, tuple(whole), gpu=gpu)
 
     def _held(self, stage: Stage) -> int:
         some = 0 if stage.some is None else stage.some[1]

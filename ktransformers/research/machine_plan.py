@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -93,6 +94,9 @@ def check_request(model: PreTrainedModel, machine: Machine) -> list[str]:
         wrong.append(
             f"--context {machine.context}: expected 1 to {limit}, the model's context in tokens"
         )
+    if model.dtype != torch.bfloat16:
+        dtype = str(model.dtype).removeprefix("torch.")
+        wrong.append(f"dtype {dtype}: plans are for bfloat16; say --dtype bfloat16")
     kind = model.config.model_type
     if kind not in FAMILIES:
         wrong.append(

@@ -93,7 +93,7 @@ def write_head(
 def _shares(dealt: Deal, style: Style) -> str:
     """Say what is left to the CPU."""
     held = len(dealt.resident) + sum(dealt.partly_resident.values()) / style.num_experts
-    left = 1 - held / max(1, len(style.has_experts))
+    left = 1 - held / len(style.has_experts) if style.has_experts else 0
     if left == 0 and not dealt.cpu_layers:
         return "with everything on it" if len(dealt.stages) == 1 else "with everything on them"
     parts = []
@@ -139,7 +139,7 @@ class _Writer:
             yield [f"cpu_layers: '{_ranges(range(self.dealt.cpu_layers))}'"]
         for index, stage in enumerate(self.dealt.stages):
             number = self.number(index)
-            group = [f"gpu{number}: 'cuda:{index}'"]
+            group = [f"gpu{number}: 'cuda:{stage.gpu}'"]
             if self.cut:
                 group.append(f"layers{number}: '{_ranges(stage.layers)}'")
             if self.on_cpu and stage.experts:
@@ -260,7 +260,7 @@ class _Writer:
         if self.dealt.partly_resident:
             yield "  # and those routed ones that it holds of a layer."
         yield "  # stream_prefill=auto: it computes the routed ones of long prompts, where that is"
-        yield "  # faster, from weights that come to it meanwhile, in 4 GiB of its memory."
+        yield "  # faster, from weights that come to it meanwhile, in 4 GiB that must be free."
         yield f"  - match: {{{moe}}}"
         yield from _replace("hybrid.HybridMoE", "stream_prefill: '${stream_prefill}'")
 

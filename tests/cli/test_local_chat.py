@@ -159,6 +159,15 @@ def test_rules_for_the_gpus_that_are_here_are_chosen_where_they_fit(
     assert ("cuda:0" in choice.reason) == ("gb" in rules)
 
 
+def test_a_longer_context_finds_room_or_another_file(tmp_path: Path) -> None:
+    MODELS["deepseek-v3"].config.save_pretrained(tmp_path)
+    found = [
+        choose_rules(tmp_path, 400 * 10**9, [int(24 * 1.055e9)], context).rules
+        for context in (16384, 163840)
+    ]
+    assert found == ["deepseek-v3-1x24gb-cpu-int4", "deepseek-v3-1x12gb-cpu-int4"]
+
+
 def test_a_model_without_shipped_rules_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
     with pytest.raises(

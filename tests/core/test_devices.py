@@ -141,3 +141,9 @@ def test_a_gpu_that_is_not_here_is_refused_before_anything_is_loaded() -> None:
     ):
         optimize_and_load(model, [kept(r"^model\.layers\.\d+$", "cuda:0")])
     assert devices(model, "") == {CPU}
+    with pytest.raises(RuleError) as caught:
+        optimize_and_load(
+            model, [kept(r"^lm_head$", "cuda:0"), kept(r"^model\.layers\.\d+$", "cuda:0")]
+        )
+    (sentence,) = str(caught.value).splitlines()
+    assert "default at model.layers.0 (and 3 more, of 2 rules): needs a GPU, cuda:0" in sentence

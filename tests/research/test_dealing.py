@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from collections.abc import Sequence
+from itertools import combinations, product
 
 import pytest
 
@@ -67,16 +68,18 @@ def test_a_gpu_without_room_for_a_layer_and_the_head_gets_nothing() -> None:
 
 def test_borders_are_where_gpus_hold_the_most_experts() -> None:
     # Tried one by one, for every border of up to three GPUs.
-    for rooms in ([100, 150], [180, 90], [80, 80], [120, 60, 110], [95, 95, 95]):
+    for rooms in ([100, 150], [180, 90], [80, 80], [120, 60, 110], [95, 95, 95], [9, 200, 150]):
         best = 0
         for count in range(1, len(rooms) + 1):
-            for cut in combinations(range(1, 7), count - 1):
-                best = max(best, held_by(rooms, [0, *cut, 7]))
+            for cut, some in product(
+                combinations(range(1, 7), count - 1), combinations(rooms, count)
+            ):
+                best = max(best, held_by(some, [0, *cut, 7]))
         found = dealt(*rooms)
         assert 10 * len(found.resident) + sum(found.partly_resident.values()) == best, rooms
 
 
-def held_by(rooms: list[int], cuts: list[int]) -> int:
+def held_by(rooms: Sequence[int], cuts: list[int]) -> int:
     """Count the experts that fit with these borders; 0 where the layers do not."""
     held = 0
     for room, begin, end in zip(rooms, cuts, cuts[1:], strict=False):
@@ -112,3 +115,9 @@ def test_no_more_gpus_are_used_than_hold_everything() -> None:
 
 def test_a_gpu_that_is_too_small_for_anything_is_left_out() -> None:
     assert len(dealt(200, 10).stages) == 1
+
+
+def test_small_gpus_before_and_between_others_are_left_out() -> None:
+    assert [stage.gpu for stage in dealt(5, 200).stages] == [1]
+    assert [stage.gpu for stage in dealt(200, 5, 200).stages] == [0, 2]
+    assert [stage.gpu for stage in dealt(50, 403).stages] == [1]  # it holds everything

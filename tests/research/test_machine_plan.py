@@ -173,6 +173,9 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     ]
     assert "(known: deepseek_v2, deepseek_v3)" in sentences[-1]
     assert check_request(meta(v3_config()), Machine((1,), 1, 100)) == []
+    assert check_request(meta(v3_config(), torch.float32), Machine((1,), 1, 100)) == [
+        "dtype float32: plans are for bfloat16; say --dtype bfloat16"
+    ]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -140,23 +140,28 @@ class Int4Weight:
         return named if self.zero_point is None else {**named, "zero_point": self.zero_point}
 
 
-def quantise(weight: torch.Tensor, format: Int4Format) -> Int4Weight:
-    """Quantise a matrix [n, k] of finite floats, and pack it, where it lies.
+def quantise(
+    weight: torch.Tensor, format: Int4Format, device: torch.device | None = None
+) -> Int4Weight:
+    """Quantise a matrix [n, k] of finite floats, and pack it.
+
+    On a device, which has some rows of the matrix at a time; where it lies if none is given.
 
     Raises ValueError where groups do not divide k.
     """
     N, K = weight.shape
     format.check(K)
-    layout = format.layout(N, K)
+    layout, home = format.layout(N, K), device or weight.device
     tensors = {
-        name: torch.zeros(shape, dtype=dtype, device=weight.device)
+        name: torch.zeros(shape, dtype=dtype, device=home)
         for name, (shape, dtype) in layout.items()
     }
     groups = 1 if format.group_size < 0 else K // format.group_size
     step = max(ROWS_AT_A_TIME // K, 1)
     for begin in range(0, N, step):
         rows = slice(begin, begin + step)
-        q, scale, zero = _quantise_groups(weight[rows].float().unflatten(1, (groups, -1)), format)
+        some = weight[rows].to(home).float().unflatten(1, (groups, -1))
+        q, scale, zero = _quantise_groups(some, format)
         tensors["packed"][:, rows] = pack(q.flatten(1))
         tensors["scale"][:groups, rows] = scale.T
         if not format.symmetric:
