@@ -33,7 +33,10 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a layer's experts, that ther
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="A model with held_out.txt beside it.")] = FOLDER,
+    folder: Annotated[
+        Path,
+        typer.Argument(exists=True, file_okay=False, help="A model with held_out.txt beside it."),
+    ] = FOLDER,
     tokens: Annotated[
         int, typer.Option(min=2, help="Of the held-out text, from its start.")
     ] = 8192,
@@ -42,6 +45,8 @@ def main(
     save: Annotated[bool, typer.Option(help="Keep the figures in benchmarks/results/.")] = False,
 ) -> None:
     """Measure it; the last line is one JSON object."""
+    if not (folder / "held_out.txt").is_file():
+        raise typer.BadParameter(f"{folder} has no held_out.txt, a text to take the routing of")
     text = (folder / "held_out.txt").read_text("utf-8")
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text, verbose=False)["input_ids"])
     trace = record_trace(optimize_and_load(folder, RULES), ids[:tokens], window=window)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 
 from transformers import DeepseekV3Config
@@ -53,6 +54,8 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=8, help="of an expert's weights")
     parser.add_argument("--pieces", type=int, default=2, help="that a layer is streamed in")
     options = parser.parse_args()
+    if not 0 < options.bits < math.inf or options.pieces < 1:
+        parser.error("--bits is above 0, and --pieces 1 or more")
     model, rows = v3(bits=options.bits), []
     # Weights become 16 bits before they are multiplied.
     ours = replace(XEON_AND_5090, gpu_operations=XEON_AND_5090.gpu_attention)
@@ -70,7 +73,8 @@ def main() -> None:
             f"{least} tokens on, copies are hidden from {hiding} on"
         )
         rows.append({"link": link, "streamed": speeds[options.pieces], "least": least})
-    print(json.dumps({"bits": options.bits, "pieces": options.pieces, "rows": rows}))
+    figures = {"bits": options.bits, "pieces": options.pieces, "rows": rows}
+    print(json.dumps({"name": "streamed-prefill", "predicted": True, **figures}))
 
 
 if __name__ == "__main__":

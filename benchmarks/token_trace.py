@@ -278,9 +278,12 @@ def picture(parts: list[Part], title: str) -> str:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="A DeepSeek-V3, or any with --rules.")] = FOLDER,
+    folder: Annotated[
+        Path,
+        typer.Argument(exists=True, file_okay=False, help="A DeepSeek-V3, or any with --rules."),
+    ] = FOLDER,
     rule_file: Annotated[str | None, typer.Option("--rules", help="A rule file.")] = None,
-    deferred: Annotated[int, typer.Option(help="Experts to defer, without --rules.")] = 0,
+    deferred: Annotated[int, typer.Option(min=0, help="Experts to defer, without --rules.")] = 0,
     tokens: Annotated[int, typer.Option(min=2, help="How many to decode.")] = 20,
     out: Annotated[Path, typer.Option(help="Where .svg and .json go, by name.")] = Path("trace"),
     save: Annotated[bool, typer.Option(help="Keep the figures in benchmarks/results/.")] = False,
@@ -289,7 +292,12 @@ def main(
     stands_in = not torch.cuda.is_available()
     device = torch.device("cpu" if stands_in else "cuda:0")
     wanted = rules(device, deferred) if rule_file is None else rule_file
-    model = optimize_and_load(folder, wanted)
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"--out {out}: there is no folder {out.parent}")
+    try:
+        model = optimize_and_load(folder, wanted)
+    except ValueError as error:  # of the rules, or of the folder
+        raise typer.BadParameter(str(error)) from error
     obstacle = graph_obstacle(model)
     if obstacle is not None:
         raise typer.BadParameter(f"a token of this model is no graph: {obstacle}")

@@ -192,9 +192,9 @@ nb::dict pack_experts(nb::handle gate_proj, nb::handle up_proj, nb::handle down_
 }  // namespace
 
 void bind_pack_experts(nb::module_& m) {
-  m.def("pack_experts", &pack_experts, "gate_proj"_a, "up_proj"_a, "down_proj"_a, "format"_a,
-        nb::kw_only(), "threads"_a = nb::none(), "numa"_a = "interleave",
-        "nodes"_a = std::vector<int>{0}, "bind"_a.none() = nb::none());
+  m.def("pack_experts", &pack_experts, "gate_proj"_a.none(), "up_proj"_a.none(),
+        "down_proj"_a.none(), "format"_a, nb::kw_only(), "threads"_a = nb::none(),
+        "numa"_a = "interleave", "nodes"_a = std::vector<int>{0}, "bind"_a.none() = nb::none());
 }
 
 }  // namespace kt

@@ -368,3 +368,9 @@ def test_a_handle_takes_a_numa_mode() -> None:
         assert computed(handle, x, index, weights, out)
     with pytest.raises(ValueError, match="expected interleave, shard or replicate"):
         make(numa="spread")
+
+
+def test_a_missing_tensor_is_named() -> None:
+    wide = np.zeros((2, 64, 64), np.float32)
+    with pytest.raises(TypeError, match=r"^down_proj: expected a tensor, got NoneType"):
+        load_experts(wide, wide, None)
