@@ -39,7 +39,7 @@ from ktransformers.host_experts import ExpertsCall, HostExperts, Routing
 from ktransformers.numa import weight_placement
 from ktransformers.operators.kernels.expert_slots import ExpertSlots
 from ktransformers.operators.kernels.int4_expert_weights import Int4ExpertWeights
-from ktransformers.operators.kernels.int4_weight import Int4Format, Int4Weight, Layout
+from ktransformers.operators.kernels.int4_weight import Int4Weight, Layout, asked_format
 from ktransformers.packed_weights import PROJECTIONS, ExpertsWeights
 from ktransformers.streams import stream_of
 
@@ -171,10 +171,10 @@ class ResidentExperts(HostExperts):
         activations are not bf16, or the experts asked for are not there.
         """
         E, D, F = experts_sizes(module)
-        int4 = Int4ExpertWeights(Int4Format(group_size, symmetric), D, F)
-        int4.check()
         if site.dtype != torch.bfloat16:  # what both sides take
             raise ValueError(f"takes bfloat16 activations, not {site.dtype}")
+        int4_format = asked_format(group_size, symmetric, (D, F), site.dtype)
+        int4 = Int4ExpertWeights(int4_format, D, F)
         check_activation(module, site)
         _check_policy(policy, uploads, resident, profile)
         uses = None if profile is None else uses_of_layer(profile, site.layer, E)

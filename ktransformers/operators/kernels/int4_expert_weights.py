@@ -26,11 +26,6 @@ class Int4ExpertWeights:
     hidden_size: int
     width: int
 
-    def check(self) -> None:
-        """Raise ValueError where groups do not divide the inputs of a matrix."""
-        for in_features in (self.hidden_size, self.width):
-            self.format.check(in_features)
-
     def layout(self, count: int) -> Layout:
         """Name the tensors of so many experts, with shapes and dtypes."""
         return {
