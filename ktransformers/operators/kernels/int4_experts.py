@@ -23,7 +23,13 @@ import triton.language as tl
 from ktransformers.operators.kernels.int4_linear import group_sums
 from ktransformers.operators.kernels.int4_product import int4_product
 from ktransformers.operators.kernels.int4_weight import PANEL, Int4Weight, dequantise
-from ktransformers.operators.kernels.launch import as_multiplied, launched, on_device_of, takes_ptx
+from ktransformers.operators.kernels.launch import (
+    as_multiplied,
+    check_routing,
+    launched,
+    on_device_of,
+    takes_ptx,
+)
 
 CHUNK_TOKENS = 4096  # at a time: what they give per slot is 0.9 GB with V3's sizes
 
@@ -227,14 +233,7 @@ def _check(
         raise ValueError(f"hidden_states is {hidden_states.dtype}, expected float16 or bfloat16")
     if hidden_states.ndim != 2 or hidden_states.shape[1] != D:
         raise ValueError(f"hidden_states is {list(hidden_states.shape)}, expected [T, {D}]")
-    if top_k_index.ndim != 2 or len(top_k_index) != len(hidden_states):
-        raise ValueError(
-            f"top_k_index is {list(top_k_index.shape)}, expected [{len(hidden_states)}, K]"
-        )
-    if top_k_weights.shape != top_k_index.shape:
-        raise ValueError(
-            f"top_k_weights is {list(top_k_weights.shape)}, expected {list(top_k_index.shape)}"
-        )
+    check_routing(hidden_states, top_k_index, top_k_weights)
 
 
 def int4_experts_reference(

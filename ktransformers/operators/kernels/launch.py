@@ -43,6 +43,20 @@ def launched(kernel: Any) -> Any:
     return _Replayable(kernel) if is_interpreted(kernel) else kernel
 
 
+def check_routing(
+    hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> None:
+    """Raise ValueError where a router's choice is not of these tokens, [T, D]."""
+    if top_k_index.ndim != 2 or len(top_k_index) != len(hidden_states):
+        raise ValueError(
+            f"top_k_index is {list(top_k_index.shape)}, expected [{len(hidden_states)}, K]"
+        )
+    if top_k_weights.shape != top_k_index.shape:
+        raise ValueError(
+            f"top_k_weights is {list(top_k_weights.shape)}, expected {list(top_k_index.shape)}"
+        )
+
+
 def on_device_of(kernel: Any, tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Launch on the GPU of a tensor while the context lasts.
 

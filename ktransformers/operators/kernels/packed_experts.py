@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ktransformers.operators.kernels.int4_experts import Blocks, blocks_of
-from ktransformers.operators.kernels.launch import as_multiplied, on_device_of
+from ktransformers.operators.kernels.launch import as_multiplied, check_routing, on_device_of
 from ktransformers.operators.kernels.packed_matrices import PackedMatrices, dequantise, in_planes
 
 CHUNK_TOKENS = 4096  # at a time: what they give per slot is 0.9 GB with V3's sizes
@@ -322,14 +322,7 @@ def _check_tokens(
         raise ValueError(f"hidden_states is {hidden_states.dtype}, expected float16 or bfloat16")
     if hidden_states.ndim != 2:
         raise ValueError(f"hidden_states is {list(hidden_states.shape)}, expected [T, D]")
-    if top_k_index.ndim != 2 or len(top_k_index) != len(hidden_states):
-        raise ValueError(
-            f"top_k_index is {list(top_k_index.shape)}, expected [{len(hidden_states)}, K]"
-        )
-    if top_k_weights.shape != top_k_index.shape:
-        raise ValueError(
-            f"top_k_weights is {list(top_k_weights.shape)}, expected {list(top_k_index.shape)}"
-        )
+    check_routing(hidden_states, top_k_index, top_k_weights)
 
 
 def _check_weights(
