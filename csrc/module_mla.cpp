@@ -202,14 +202,18 @@ void bind_rescale_add(nb::handle factor, nb::handle x, nb::handle acc, const opt
       .rescale_add({rows, n, data<float>(f), data<float>(xv), n, data<float>(a), n});
 }
 
-void bind_dequantise_rows(nb::handle q, nb::handle scale, nb::handle out,
+void bind_dequantise_rows(nb::handle q, nb::handle scale, int64_t group_size, nb::handle out,
                           const optional_isa& wanted) {
+  check_size("group_size", group_size, gemm_max_k);
+  check_multiple("group_size", group_size, 16);
   const tensor_view qv = view_tensor(q, "q", {element::int8}, {any_size, any_size});
   const int64_t rows = qv.shape[0], n = qv.shape[1];
-  const tensor_view s = view_tensor(scale, "scale", {element::fp32}, {rows});
+  const tensor_view s =
+      view_tensor(scale, "scale", {element::fp32}, {rows, round_up(n, group_size) / group_size});
   const tensor_view o = view_tensor(out, "out", {element::bf16}, {rows, n});
   select_kernels(chosen_isa(wanted))
-      .dequantise_rows({rows, n, data<int8_t>(qv), data<float>(s), data<uint16_t>(o), n});
+      .dequantise_rows(
+          {rows, n, group_size, data<int8_t>(qv), data<float>(s), data<uint16_t>(o), n});
 }
 
 void bind_pair_rows(nb::handle x, nb::handle packed, const optional_isa& wanted) {
@@ -255,8 +259,8 @@ latent_cache view_cache(const mla_weights& weights, int64_t batch, int64_t token
     value_error("latent_scale: expected for an int8 latent, and for no other");
   }
   if (c.type == element::int8) {
-    cache.scale = data<float>(
-        view_tensor(arguments.latent_scale, "latent_scale", {element::fp32}, {pages, page_tokens}));
+    cache.scale = data<float>(view_tensor(arguments.latent_scale, "latent_scale", {element::fp32},
+                                          {pages, page_tokens, latent_groups(weights.latent)}));
   }
   const tensor_view r = view_tensor(arguments.rope, "rope", {element::bf16, element::fp32},
                                     {pages, page_tokens, weights.rope});
@@ -285,8 +289,8 @@ void bind_mla(nb::module_& m) {
         "factor"_a, "p"_a, nb::kw_only(), "isa"_a = nb::none());
   m.def("rescale_add", &bind_rescale_add, "factor"_a, "x"_a, "acc"_a, nb::kw_only(),
         "isa"_a = nb::none());
-  m.def("dequantise_rows", &bind_dequantise_rows, "q"_a, "scale"_a, "out"_a, nb::kw_only(),
-        "isa"_a = nb::none());
+  m.def("dequantise_rows", &bind_dequantise_rows, "q"_a, "scale"_a, "group_size"_a, "out"_a,
+        nb::kw_only(), "isa"_a = nb::none());
   m.def("pair_rows", &bind_pair_rows, "x"_a, "packed"_a, nb::kw_only(), "isa"_a = nb::none());
   m.def("transpose_pairs", &bind_transpose_pairs, "x"_a, "out"_a, nb::kw_only(),
         "isa"_a = nb::none());

@@ -157,8 +157,13 @@ def softmax_step(
 def rescale_add(factor: Tensor, x: Tensor, acc: Tensor, *, isa: str | None = None) -> None:
     """Compute `acc[i] * factor[i] + x[i]` into `acc`, fp32 `[m, n]`, n a multiple of 16."""
 
-def dequantise_rows(q: Tensor, scale: Tensor, out: Tensor, *, isa: str | None = None) -> None:
-    """Round `q[i] * scale[i]` to `out`: int8 `[m, n]`, fp32 `[m]`, bf16 `[m, n]`."""
+def dequantise_rows(
+    q: Tensor, scale: Tensor, group_size: int, out: Tensor, *, isa: str | None = None
+) -> None:
+    """Round `q[i, j] * scale[i, j // group_size]` to `out`: int8 and bf16 `[m, n]`.
+
+    `scale` fp32 `[m, ceil(n / group_size)]`, group_size a multiple of 16.
+    """
 
 def pair_rows(x: Tensor, packed: Tensor, *, isa: str | None = None) -> None:
     """Interleave pairs of rows: bf16 `[m, n]` to `[n / 16, m / 2, 16, 2]`."""
@@ -484,11 +489,11 @@ class MlaAttention:
 
         `q` bf16 or fp32 `[B, T, H, Dn + R]`, rotated; `out` like it `[B, T, H * Dv]`. The cache:
         `latent` bf16, fp32 or int8 `[P, page_tokens, C]`, int8 with `latent_scale` fp32
-        `[P, page_tokens]`; `rope` bf16 or fp32 `[P, page_tokens, R]`; `block_table` int32
-        `[B, max_pages]`, the pages of each sequence in order; `lengths` int32 `[B]`, its tokens
-        with the T new ones. `valid` uint8 `[B, *]`, 0 for tokens that nobody attends to. A query
-        that sees nothing gives zeros. `form` asks for `absorbed` or `expanded`; without it each
-        sequence takes the one that does less work. Raises ValueError where lengths or
+        `[P, page_tokens, ceil(C / 128)]`; `rope` bf16 or fp32 `[P, page_tokens, R]`; `block_table`
+        int32 `[B, max_pages]`, the pages of each sequence in order; `lengths` int32 `[B]`, its
+        tokens with the T new ones. `valid` uint8 `[B, *]`, 0 for tokens that nobody attends to. A
+        query that sees nothing gives zeros. `form` asks for `absorbed` or `expanded`; without it
+        each sequence takes the one that does less work. Raises ValueError where lengths or
         block_table point outside the cache.
         """
 

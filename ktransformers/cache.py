@@ -2,8 +2,8 @@
 
 An ordinary transformers `Cache`: `generate` in all its modes takes it, with our attention, which
 reads the pages in place, or with transformers' own, which gets the latents gathered. Values are
-kept in bf16, in fp32, or the latent in int8, on a GPU in fp8, with a scale per token beside a rope
-part in bf16.
+kept in bf16, in fp32, or the latent in int8, with a scale for 128 of a token's values, on a GPU in
+fp8, with one for each token, beside a rope part in bf16.
 
 A layer's pages lie on the device of the latents that come. Memory for the limit is reserved there:
 on the CPU as addresses alone, which the system fills page by page, as tokens come; on a GPU at
@@ -17,7 +17,7 @@ addresses and is changed in place, while batch and limit stay. So a step that wa
 `make_room_in_all(B, T)` is replayed after another: nothing inside needs the host.
 
 Shape suffixes: B sequences, T new tokens, L cached tokens, C kv_lora_rank, R qk_rope_head_dim, P
-pages.
+pages, G groups of latents that share a scale.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A latent cache on disk: one safetensors file that knows which model and rules made it.
 
-Tokens lie in order, not in pages: latent [B, L, C], rope [B, L, R] and with int8 scale [B, L] of
-each layer, and their ids as far as they are known. The header says what the values depend on: the
-model's config, samples of its weights as they lie in memory, and what rules replaced.
+Tokens lie in order, not in pages: latent [B, L, C], rope [B, L, R] and with int8 scale [B, L, G],
+with fp8 [B, L], of each layer, and their ids as far as they are known. The header says what the
+values depend on: the model's config, samples of its weights as they lie in memory, and what rules
+replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ktransformers.cache import Format, LatentCache
 
-LAYOUT = "ktransformers latent cache 1"
+LAYOUT = "ktransformers latent cache 2"
 SAMPLES = 16  # values hashed of each weight
 MADE_BY = {  # what the header says of the maker, and what a difference means
     "config": "another model",

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ktransformers.cache_pages import PAGE_TOKENS, PageTable
-from ktransformers.cache_rounding import check_format, quantised
+from ktransformers.cache_rounding import check_format, dequantised, quantised, scale_shape
 
 Format = Literal["bf16", "fp32", "int8", "fp8"]
 DTYPES = {  # of the latent, and of the rope part
@@ -31,7 +31,7 @@ class LatentPages:
     """What attention reads of one layer; token i of a sequence is row i % page of its page."""
 
     latent: torch.Tensor  # [P, page, C]
-    scale: torch.Tensor | None  # fp32 [P, page], of an int8 or fp8 latent
+    scale: torch.Tensor | None  # fp32 [P, page, G] of an int8 latent, [P, page] of an fp8 one
     rope: torch.Tensor  # [P, page, R]
     block_table: torch.Tensor  # int32 [B, pages of a sequence]
     lengths: torch.Tensor  # int32 [B]: cached tokens, the new ones included
@@ -108,7 +108,7 @@ class LatentLayer(CacheLayerMixin):
                     torch.empty(*shape, R, dtype=rope, device=device),
                 )
             if self.format in SCALED:
-                scale = torch.empty(shape, device=device)
+                scale = torch.empty(*shape, *scale_shape(self.format, C), device=device)
         (self.latent, self.rope), self.scale, self.rows = made, scale, rows
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -176,7 +176,7 @@ class LatentLayer(CacheLayerMixin):
         rows = latent.detach().reshape(B * T, C)
         if self.scale is not None:
             rows, scale = quantised(rows, self.latent.dtype)
-            self.scale.view(-1).index_copy_(0, slots, scale)
+            self.scale.flatten(0, 1).index_copy_(0, slots, scale)
         rows = rows.to(self.latent.dtype)
         movable(self.latent.view(-1, C)).index_copy_(0, slots, movable(rows))
         rope_rows = rope.detach().reshape(B * T, rope.shape[-1]).to(self.rope.dtype)
@@ -203,7 +203,7 @@ class LatentLayer(CacheLayerMixin):
         shape = (self.table.batch, 1, self.length, -1)
         latent = self.latent.view(-1, self.latent.shape[-1])[slots]
         if self.scale is not None:
-            latent = latent.float() * self.scale.view(-1)[slots, None]
+            latent = dequantised(latent, self.scale.flatten(0, 1)[slots])
         latent = latent.to(dtype)
         rope = self.rope.view(-1, self.rope.shape[-1])[slots].to(dtype)
         return latent.view(shape), rope.view(shape)

@@ -25,7 +25,7 @@
 // of this evaluation (measured over two million r), and exp2(0) is 1. Below 2^-126 the result is 0.
 //
 // rescale_add:      acc[i][j] = acc[i][j] * factor[i] + x[i][j]
-// dequantise_rows:  out[i][j] = q[i][j] * scale[i] rounded to bf16
+// dequantise_rows:  out[i][j] = q[i][j] * scale[i][j / group_size] rounded to bf16
 // pair_rows:        rows of keys into the packed layout in which keys are the inputs of a product,
 //                   packed[j / 16][i / 2][j % 16][i % 2] = x[i][j]  (bf16_gemm.h)
 // transpose_pairs:  out[j][i] = x[i][j] for pairs of 16 bits
@@ -73,8 +73,9 @@ struct rescale_add_args {
 struct dequantise_rows_args {
   int64_t rows;
   int64_t n;
+  int64_t group_size;  // multiple of 16; the last group of a row may be shorter
   const int8_t* q;     // [rows][n]
-  const float* scale;  // [rows]
+  const float* scale;  // [rows][ceil(n / group_size)]
   uint16_t* out;       // [rows][out_stride]
   int64_t out_stride;
 };

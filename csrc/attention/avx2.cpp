@@ -143,13 +143,20 @@ void rescale_add_avx2(const rescale_add_args& args) {
 
 void dequantise_rows_avx2(const dequantise_rows_args& args) {
   record_run(operation::dequantise_rows, isa::avx2);
+  assert(args.group_size % 16 == 0);
   const int64_t whole = args.n / 16 * 16;
   const size_t rest = static_cast<size_t>(args.n - whole);
+  const float* next_scale = args.scale;
   for (int64_t i = 0; i < args.rows; ++i) {
-    const __m256 scale = _mm256_set1_ps(args.scale[i]);
     const int8_t* q = args.q + i * args.n;
     uint16_t* out = args.out + i * args.out_stride;
-    for (int64_t j = 0; j < whole; j += 16) dequantise16(q + j, scale, out + j);
+    __m256 scale = _mm256_setzero_ps();
+    for (int64_t begin = 0; begin < args.n; begin += args.group_size) {
+      scale = _mm256_broadcast_ss(next_scale++);
+      const int64_t group_end = begin + args.group_size;
+      const int64_t end = group_end < whole ? group_end : whole;
+      for (int64_t j = begin; j < end; j += 16) dequantise16(q + j, scale, out + j);
+    }
     if (rest == 0) continue;
     int8_t q_tail[16] = {};
     uint16_t out_tail[16];

@@ -45,11 +45,14 @@ void rescale_add_portable(const rescale_add_args& args) {
 
 void dequantise_rows_portable(const dequantise_rows_args& args) {
   record_run(operation::dequantise_rows, isa::portable);
+  assert(args.group_size % 16 == 0);
+  const int64_t groups = (args.n + args.group_size - 1) / args.group_size;
   for (int64_t i = 0; i < args.rows; ++i) {
     const int8_t* q = args.q + i * args.n;
+    const float* scale = args.scale + i * groups;
     uint16_t* out = args.out + i * args.out_stride;
     for (int64_t j = 0; j < args.n; ++j) {
-      out[j] = float_to_bf16(static_cast<float>(q[j]) * args.scale[i]);
+      out[j] = float_to_bf16(static_cast<float>(q[j]) * scale[j / args.group_size]);
     }
   }
 }

@@ -12,8 +12,6 @@
 namespace kt {
 namespace {
 
-constexpr int64_t quantised_multiple = 64;  // that quantize_rows pads rows to
-
 // Arrays of one chunk's rows, cut from scratch memory.
 struct row_memory {
   char *normed, *compressed_q, *normed_q, *q, *kv, *latent, *rope, *attended, *projected, *hidden;
@@ -48,7 +46,7 @@ struct row_memory {
     logits = memory.cut<float>(rows * logits_stride(router));
     index = memory.cut<int32_t>(rows * top_k);
     weight = memory.cut<float>(rows * top_k);
-    quantised = memory.cut<int8_t>(quantised_width(attention.latent));
+    quantised = memory.cut<int8_t>(latent_group);
     sums = memory.cut<int32_t>(1);
     lengths = memory.cut<int32_t>(rows);
     end = memory.end();
@@ -56,9 +54,6 @@ struct row_memory {
 
   static int64_t logits_stride(const router_rule& router) {
     return 2 * router.experts + router.groups;
-  }
-  static int64_t quantised_width(int64_t latent) {
-    return divide_up(latent, quantised_multiple) * quantised_multiple;
   }
 };
 
@@ -117,6 +112,7 @@ struct layer_call {
   void latents() const;
   void queries() const;
   void cache(int64_t row) const;
+  void cache_int8(const char* latent, int64_t slot) const;
   void attend() const;
   void mlp() const;
   void route(int64_t count) const;
@@ -186,16 +182,27 @@ void layer_call::cache(int64_t row) const {
   const int64_t n = weights.attention->latent, r = weights.attention->rope;
   const char* latent = memory.latent + bytes(row * n);
   if (to.type == latent_type::int8) {
-    kernels.quantize_rows({1, n, row_memory::quantised_width(n), latent, n, weights.type,
-                           memory.quantised, const_cast<float*>(to.scale) + slot, memory.sums});
-    std::memcpy(static_cast<int8_t*>(const_cast<void*>(to.latent)) + slot * n, memory.quantised,
-                static_cast<size_t>(n));
+    cache_int8(latent, slot);
   } else {
     const float_type kept = to.type == latent_type::bf16 ? float_type::bf16 : float_type::fp32;
     convert(latent, weights.type, n, const_cast<void*>(to.latent), kept, slot * n);
   }
   convert(memory.rope + bytes(row * r), weights.type, r, const_cast<void*>(to.rope), to.rope_type,
           slot * r);
+}
+
+// Group by group: the last may be shorter than what quantize_rows pads it to.
+void layer_call::cache_int8(const char* latent, int64_t slot) const {
+  const latent_cache& to = input.cache;
+  const int64_t n = weights.attention->latent;
+  int8_t* const q = static_cast<int8_t*>(const_cast<void*>(to.latent)) + slot * n;
+  float* const scale = const_cast<float*>(to.scale) + slot * latent_groups(n);
+  for (int64_t group = 0; group < latent_groups(n); ++group) {
+    const int64_t begin = group * latent_group, count = std::min(n - begin, latent_group);
+    kernels.quantize_rows({1, count, latent_group, latent + bytes(begin), count, weights.type,
+                           memory.quantised, scale + group, memory.sums});
+    std::memcpy(q + begin, memory.quantised, static_cast<size_t>(count));
+  }
 }
 
 void layer_call::attend() const {

@@ -27,9 +27,10 @@ void copy_run(const kernel_table& kernels, const mla_weights& weights, const lat
               int64_t slot, int64_t count, const key_destination& to, int64_t first) {
   const int64_t c = weights.latent, r = weights.rope;
   if (cache.type == latent_type::int8) {
-    kernels.dequantise_rows({count, c, static_cast<const int8_t*>(cache.latent) + slot * c,
-                             cache.scale + slot, to.latent.rows + first * to.latent.stride,
-                             to.latent.stride});
+    kernels.dequantise_rows({count, c, latent_group,
+                             static_cast<const int8_t*>(cache.latent) + slot * c,
+                             cache.scale + slot * latent_groups(c),
+                             to.latent.rows + first * to.latent.stride, to.latent.stride});
   } else {
     const float_type type = cache.type == latent_type::bf16 ? float_type::bf16 : float_type::fp32;
     copy_rows(kernels, cache.latent, type, slot * c, count, c, to.latent, first);

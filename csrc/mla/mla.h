@@ -41,13 +41,20 @@ struct mla_weights {
 
 enum class latent_type : uint8_t { bf16, fp32, int8 };
 
+// Neighbouring latents that share a scale where they are int8, as in DeepSeek's own fp8 caches, so
+// that an outlier costs its group alone. The last group of a token may be shorter.
+constexpr int64_t latent_group = 128;
+constexpr int64_t latent_groups(int64_t latent) {
+  return round_up(latent, latent_group) / latent_group;
+}
+
 // The cache of one layer in pages of tokens: token i of sequence b is row i % page_tokens of page
 // block_table[b][i / page_tokens].
 struct latent_cache {
   int64_t page_tokens;
   const void* latent;  // [pages][page_tokens][C]
   latent_type type;
-  const float* scale;  // [pages][page_tokens], where latents are int8
+  const float* scale;  // [pages][page_tokens][latent_groups(C)], where latents are int8
   const void* rope;    // [pages][page_tokens][R]
   float_type rope_type;
   const int32_t* block_table;  // [batch][max_pages]

@@ -16,6 +16,7 @@ moe_intermediate_size, I intermediate_size.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ktransformers.cache import DTYPES, SCALED
 from ktransformers.cache_pages import PAGE_TOKENS
+from ktransformers.cache_rounding import scale_shape
 from ktransformers.inject import Plan, Replacement
 from ktransformers.prefill import chunk_tokens
 from ktransformers.research.explain import explain
@@ -104,8 +106,9 @@ def cache_bytes(config: PreTrainedConfig, context: int, form: str = "bf16") -> i
     """Return the bytes of one layer's latents, of one sequence, in whole pages."""
     latent, rope = DTYPES[form]
     token: int = config.kv_lora_rank * latent.itemsize + config.qk_rope_head_dim * rope.itemsize
-    scale = torch.float32.itemsize if form in SCALED else 0
-    return -(-context // PAGE_TOKENS) * PAGE_TOKENS * (token + scale)
+    scales = math.prod(scale_shape(form, config.kv_lora_rank)) if form in SCALED else 0
+    token += scales * torch.float32.itemsize
+    return -(-context // PAGE_TOKENS) * PAGE_TOKENS * token
 
 
 def activation_bytes(model: PreTrainedModel, context: int, *, with_experts: bool) -> int:

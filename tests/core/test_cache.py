@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from ktransformers.cache import GPU_TOKENS, LatentCache, default_limit
 from ktransformers.cache_pages import PAGE_TOKENS, PageTable
 from ktransformers.prefill import prefill
-from tiny_models import quantised, random_model, v3_config
+from tiny_models import random_model, v3_config
 
 IDS = torch.randint(3, 96, (3, 58), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -173,21 +173,41 @@ def test_beams_share_the_pages_of_their_prompt() -> None:
     assert mine.table.top == 3 + 8
 
 
-def test_int8_rounds_each_token_on_a_scale_of_its_own() -> None:
-    mine, _ = filled(format="int8")
-    latent, rope = states(2, 1, seed=7)
+def wide(T: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw tokens of two sequences whose latents are two groups of int8 and the rest."""
+    return states(2, T, 300, seed=seed)
+
+
+def test_int8_rounds_128_values_of_a_token_on_a_scale_of_their_own() -> None:
+    mine = LatentCache(v3_config(kv_lora_rank=300), 300, "int8")
+    mine.update(*wide(100), 0)
+    latent, rope = wide(1, seed=7)
     got_latent, got_rope = mine.update(latent * 100, rope, 0)
-    want = torch.cat([states(2, 100)[0], latent * 100], dim=2).float()
+    want = torch.cat([wide(100)[0], latent * 100], dim=2).float()
+    parts = want.split(128, dim=-1)
     # The kernel divides as it is written, torch by a reciprocal: half a step and a little.
-    step = want.abs().amax(-1, keepdim=True) / 127
+    step = torch.cat([p.abs().amax(-1, keepdim=True).expand_as(p) for p in parts], dim=-1) / 127
     error = (got_latent.float() - want).abs()
     assert (error <= 0.502 * step + 2.0**-8 * want.abs()).all()
     assert not torch.equal(got_latent.float(), want)
-    assert (got_latent.float() - quantised(want)).abs().max() <= 1.02 * step.max()
-    assert torch.equal(got_rope, torch.cat([states(2, 100)[1], rope], dim=2))
+    assert torch.equal(got_rope, torch.cat([wide(100)[1], rope], dim=2))
 
 
-@pytest.mark.parametrize(("format", "nbytes"), [("bf16", 576 * 2), ("int8", 512 + 4 + 64 * 2)])
+@pytest.mark.parametrize("outlier", [3, 130, 299])
+def test_an_outlier_among_int8_latents_costs_its_own_group_alone(outlier: int) -> None:
+    latent, rope = wide(5)
+    spiked = latent.clone()
+    spiked[..., outlier] = 1e4
+    plain, got = (
+        LatentCache(v3_config(kv_lora_rank=300), 10, "int8").update(each, rope, 0)[0]
+        for each in (latent, spiked)
+    )
+    hit = torch.arange(300) // 128 == outlier // 128
+    assert torch.equal(got[..., ~hit], plain[..., ~hit])
+    assert (got[..., hit] == 0).sum() == 2 * 5 * (hit.sum() - 1)  # the step is 79
+
+
+@pytest.mark.parametrize(("format", "nbytes"), [("bf16", 576 * 2), ("int8", 512 + 16 + 64 * 2)])
 def test_a_token_takes_576_values_of_a_layer(format: Any, nbytes: int) -> None:
     config = v3_config(kv_lora_rank=512, qk_rope_head_dim=64)
     cache = LatentCache(config, 100_000, format)

@@ -36,11 +36,11 @@ def saved(model: PreTrainedModel, path: Path, **options: Any) -> LatentCache:
     return cache
 
 
-@pytest.mark.parametrize("format", ["fp32", "bf16", "int8"])
-def test_a_restored_cache_goes_on_where_it_was(tmp_path: Path, format: Any) -> None:
-    model = optimised()
+@pytest.mark.parametrize(("format", "rank"), [("fp32", 32), ("bf16", 32), ("int8", 160)])
+def test_a_restored_cache_goes_on_where_it_was(tmp_path: Path, format: Any, rank: int) -> None:
+    model = optimised(kv_lora_rank=rank)
     cache = saved(model, tmp_path / "a.safetensors", format=format)
-    again = optimised()
+    again = optimised(kv_lora_rank=rank)
     restored = load_cache(tmp_path / "a.safetensors", again, 90)
     assert (restored.format, restored.max_tokens) == (format, 90)
     assert restored.keep_prefix(IDS) == 70
@@ -114,8 +114,8 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load_cache(path, model, 100)
-    save_file(tensors, path, {**header, "layout": "ktransformers latent cache 0"})
-    with pytest.raises(ValueError, match="'ktransformers latent cache 0' is not a layout"):
+    save_file(tensors, path, {**header, "layout": "ktransformers latent cache 1"})
+    with pytest.raises(ValueError, match="'ktransformers latent cache 1' is not a layout"):
         load_cache(path, model, 100)
     save_file(tensors, path)
     with pytest.raises(ValueError, match="'no layout' is not a layout"):

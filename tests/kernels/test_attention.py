@@ -132,8 +132,9 @@ def test_every_cache_and_activation_type(cache: str, dtype: torch.dtype, form: F
 @every_product
 @both_forms
 def test_int8_cache_on_every_isa(kernels: Variant, form: Form) -> None:
-    of = random_attention(SMALL)
-    request = random_request(SMALL, [70], 3, cache="int8")
+    sizes = Sizes(heads=2, latent=272)  # two whole groups and the rest
+    of = random_attention(sizes)
+    request = random_request(sizes, [70], 3, cache="int8")
     layer = of.native(kernels.native, isa=kernels.isa)
     assert share_of_bound(of, request, forward(layer, request, form), form) <= 1
 
@@ -310,6 +311,15 @@ def test_what_points_outside_the_cache_is_refused(
     request = replace(random_request(SMALL, [20], 3), **tensors)
     with pytest.raises(ValueError, match=message):
         forward(random_attention(SMALL).native(), request)
+
+
+def test_an_int8_cache_with_a_scale_per_token_is_refused() -> None:
+    sizes = Sizes(latent=272)
+    request = random_request(sizes, [20], 3, cache="int8")
+    assert request.latent_scale is not None
+    one = replace(request, latent_scale=request.latent_scale[..., :1].contiguous())
+    with pytest.raises(ValueError, match=r"^latent_scale: expected shape .*16, 3.*16, 1"):
+        forward(random_attention(sizes).native(), one)
 
 
 def test_unknown_form_is_an_error() -> None:

@@ -123,14 +123,15 @@ def test_rows_are_rescaled_and_added(kernels: Variant, n: int) -> None:
     assert same_bits(acc, expected)
 
 
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 48, 512])
-def test_latents_are_dequantised_to_bf16(kernels: Variant, n: int) -> None:
+@pytest.mark.parametrize("group_size", [16, 48, 128])
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 48, 127, 128, 129, 300, 512])
+def test_latents_are_dequantised_to_bf16(kernels: Variant, n: int, group_size: int) -> None:
     generator = torch.Generator().manual_seed(n)
     q = torch.randint(-127, 128, (5, n), generator=generator, dtype=torch.int8)
-    scale = torch.rand(5, generator=generator)
+    scale = torch.rand(5, -(-n // group_size), generator=generator)
     out = torch.empty(5, n, dtype=torch.bfloat16)
-    kernels.native.dequantise_rows(q, scale, out, isa=kernels.isa)
-    product = numpy.float32(q.numpy()) * scale.numpy()[:, None]
+    kernels.native.dequantise_rows(q, scale, group_size, out, isa=kernels.isa)
+    product = numpy.float32(q.numpy()) * scale.numpy()[:, numpy.arange(n) // group_size]
     assert same_bits(out, torch.from_numpy(product).bfloat16())
 
 
@@ -156,3 +157,6 @@ def test_pairs_are_transposed(kernels: Variant, rows: int, n: int) -> None:
 def test_sizes_that_are_no_multiple_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^columns of x: expected a multiple of 16, got 17$"):
         _native.pair_rows(torch.zeros(2, 17).bfloat16(), torch.zeros(1, 1, 16, 2).bfloat16())
+    q, out = torch.zeros(2, 17, dtype=torch.int8), torch.zeros(2, 17).bfloat16()
+    with pytest.raises(ValueError, match=r"^group_size: expected a multiple of 16, got 17$"):
+        _native.dequantise_rows(q, torch.zeros(2, 1), 17, out)

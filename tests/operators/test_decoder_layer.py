@@ -411,6 +411,26 @@ def test_the_last_position_alone_has_the_output_that_it_has_among_others(
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("rank", [32, 160])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_latents_have_the_bits_that_a_cache_rounds_itself(
+    config: PreTrainedConfig, dtype: torch.dtype, rank: int
+) -> None:
+    config.update({**ALL, "kv_lora_rank": rank})
+    model = optimize_and_load(random_model(config, dtype=dtype), rules())
+    exact, native, own = (LatentCache.for_model(model, 50, each) for each in (None, "int8", "int8"))
+    with torch.no_grad():
+        for cache in (exact, native):
+            model(IDS, past_key_values=cache)
+    latent, rope = exact.layers[0].gather(dtype)  # of later layers they depend on attention
+    own.append(latent[:, 0], rope[:, 0], 0)
+    slots = own.table.indexes(0, 40)
+    got, want = (cache.layers[0].tensors() for cache in (native, own))
+    assert got["scale"].shape[2] == -(-rank // 128)
+    for name, tensor in want.items():
+        assert torch.equal(got[name].flatten(0, 1)[slots], tensor.flatten(0, 1)[slots]), name
+
+
 def test_scratch_does_not_grow_from_call_to_call() -> None:
     model = random_model(v3_config(**ALL))
     optimize_and_load(model, rules())

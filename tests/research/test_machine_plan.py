@@ -69,12 +69,12 @@ def test_a_file_needs_what_its_head_says(
 
 
 def test_a_cache_needs_what_it_reserves() -> None:
-    config = v3_config(max_position_embeddings=256, dtype="bfloat16")
+    config = v3_config(max_position_embeddings=256, dtype="bfloat16", kv_lora_rank=160)
     for tokens in (1, 64, 65, 200):
         for form in ("bf16", "fp32", "int8"):
             cache = LatentCache(config, tokens, form)
             for layer in range(config.num_hidden_layers):
-                cache.append(torch.zeros(1, 1, 32), torch.zeros(1, 1, 8), layer)
+                cache.append(torch.zeros(1, 1, 160), torch.zeros(1, 1, 8), layer)
             reserved = sum(tensor.nbytes for tensor in cache.layers[0].tensors().values())
             assert cache_bytes(config, tokens, form) == reserved, (tokens, form)
 

@@ -12,6 +12,8 @@ from attention_reference import Form, MlaWeights, attention_reference
 from ktransformers import _native
 from packed_layer import dequantised, pack
 
+GROUP = 128  # int8 latents that share a scale
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -82,8 +84,10 @@ class Request:
         """Return what the cache stands for, `[L, C]` and `[L, R]`, and what is seen `[T, L]`."""
         L, T = int(self.lengths[b]), self.q.shape[1]
         pages = self.block_table[b].long()
-        scale = 1 if self.latent_scale is None else self.latent_scale[..., None].double()
-        latent, rope = (self.latent.double() * scale)[pages], self.rope[pages]
+        latent, rope = self.latent[pages].double(), self.rope[pages]
+        if self.latent_scale is not None:
+            group = torch.arange(latent.shape[-1]) // GROUP
+            latent = latent * self.latent_scale[pages][..., group]
         seen = torch.arange(L) <= torch.arange(L - T, L)[:, None]
         if self.valid is not None:
             seen = seen & (self.valid[b, :L] != 0)
@@ -124,8 +128,9 @@ def random_request(
     rope = torch.randn(P, page_tokens, sizes.rope, generator=generator)
     scale = None
     if cache == "int8":
-        scale = latent.abs().amax(-1) / 127
-        latent = (latent / scale[..., None]).round().to(torch.int8)
+        latent = torch.randint(-127, 128, latent.shape, generator=generator, dtype=torch.int8)
+        groups = -(-sizes.latent // GROUP)
+        scale = (torch.rand(P, page_tokens, groups, generator=generator) + 0.5) / 64
     elif cache == "bf16":
         latent, rope = latent.bfloat16(), rope.bfloat16()
     H, width = sizes.heads, sizes.nope + sizes.rope
