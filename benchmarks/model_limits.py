@@ -31,6 +31,9 @@ from attention_reference import Form
 from end_to_end import Ours
 from ktransformers import _native
 from ktransformers.base import Operator
+from ktransformers.cache import LatentCache
+from ktransformers.cache_pages import PAGE_TOKENS
+from ktransformers.research.device_memory import cache_bytes
 from limits import Meter, quartiles
 from results import Report, emit, markdown
 from whole_model import LAYERS, model_folder, random_ids
@@ -81,7 +84,8 @@ def decode_bytes(model: PreTrainedModel, context: int) -> int:
         if isinstance(module, Operator)
     )
     layers: int = model.config.num_hidden_layers
-    return weights + layers * Case(1, context).cache_bytes()
+    page = cache_bytes(model.config, PAGE_TOKENS, LatentCache.for_model(model, 1).format)
+    return weights + layers * context * page // PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAX_THREADS = 1024  # of the native pool
 MAX_CHUNK_TOKENS = 1 << 20  # of native layers
 GROUP_SIZES = (32, 64, 128)
+CACHE_FORMATS = ("bf16", "fp32", "int8")
 
 
 def thread_count(threads: object) -> int:
@@ -70,6 +71,13 @@ def check_dtype(site: Site) -> None:
 
     if site.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"takes bfloat16 or float32 activations, not {site.dtype}")
+
+
+def check_cache_format(cache_format: object) -> None:
+    """Refuse what latents are not kept in on the CPU; None leaves it open."""
+    if cache_format is not None and cache_format not in CACHE_FORMATS:
+        expected = ", ".join(CACHE_FORMATS)
+        raise ValueError(f"cache_format {cache_format!r} is not supported (expected {expected})")
 
 
 def scale_dtype(name: str) -> torch.dtype:

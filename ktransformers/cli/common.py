@@ -142,7 +142,10 @@ CacheLens = Annotated[
 ]
 CacheFormat = Annotated[
     KvFormat,
-    typer.Option("--cache-format", help="Of the KV cache's values; auto keeps the model's own."),
+    typer.Option(
+        "--cache-format",
+        help="Of the KV cache's values; auto: what its rules ask for, or the model's own.",
+    ),
 ]
 ChunkSize = Annotated[
     int | None,

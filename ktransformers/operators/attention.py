@@ -18,7 +18,12 @@ from ktransformers import _native
 from ktransformers.attention_mask import valid_keys
 from ktransformers.base import Checkpoint, Footprint, Site
 from ktransformers.cache import LatentCache, LatentPages
-from ktransformers.cpu_options import check_site, thread_count, weight_format
+from ktransformers.cpu_options import (
+    check_cache_format,
+    check_site,
+    thread_count,
+    weight_format,
+)
 from ktransformers.latent_attention import DeepseekV2, DeepseekV3, LatentAttention, structure
 from ktransformers.packed_weights import LatentWeights
 from ktransformers.placement import PlacedTensor
@@ -32,8 +37,17 @@ class MlaAttention(LatentAttention):
     uv_packed: torch.Tensor
     uv_scale: torch.Tensor
 
-    def __init__(self, module: nn.Module, site: Site, *, weight_format: str, threads: int):
+    def __init__(
+        self,
+        module: nn.Module,
+        site: Site,
+        *,
+        weight_format: str,
+        threads: int,
+        cache_format: str | None,
+    ):
         super().__init__(module, site)
+        self.cache_format = cache_format
         self.weight_format = weight_format
         self.threads = threads
         self.weights = LatentWeights(
@@ -56,6 +70,7 @@ class MlaAttention(LatentAttention):
         weight: Literal["int8", "int4", "bf16"] = "int8",
         group_size: Literal[32, 64, 128] | None = None,
         threads: int | Literal["auto"] = "auto",
+        cache_format: Literal["bf16", "fp32", "int8"] | None = None,
     ) -> Self:
         """Build the operator for an attention module of DeepSeek-V2 or V3.
 
@@ -64,14 +79,23 @@ class MlaAttention(LatentAttention):
             group_size: inputs that share a scale, for int4 alone; 128 where it is not given.
             threads: how many to compute with; auto means every physical core that the process may
                 run on, within its CPU quota.
+            cache_format: what `LatentCache.for_model` shall keep latents in; without it the model's
+                precision.
 
         Raises ValueError for another module, and for one that is not on the CPU.
         """
         kind = {DeepseekV2: MlaAttentionV2, DeepseekV3: MlaAttentionV3}[structure(module)]
         format_name = weight_format(weight, group_size)
         count = thread_count(threads)
+        check_cache_format(cache_format)
         check_site(site)
-        return kind(module, site, weight_format=format_name, threads=count)  # type: ignore[return-value]  # a subclass
+        return kind(  # type: ignore[return-value]  # a subclass
+            module,
+            site,
+            weight_format=format_name,
+            threads=count,
+            cache_format=cache_format,
+        )
 
     def packed_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name both halves of kv_b_proj, per head, and their scales."""

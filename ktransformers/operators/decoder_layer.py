@@ -29,7 +29,13 @@ from ktransformers import _native
 from ktransformers.attention_mask import valid_keys
 from ktransformers.base import Chain, Checkpoint, Footprint, Site
 from ktransformers.cache import LatentCache, LatentPages
-from ktransformers.cpu_options import check_site, chunk_size, thread_count, weight_format
+from ktransformers.cpu_options import (
+    check_cache_format,
+    check_site,
+    chunk_size,
+    thread_count,
+    weight_format,
+)
 from ktransformers.decoder_weights import weights_of_layer
 from ktransformers.last_position import only_last_position
 from ktransformers.numa import Placement, weight_placement
@@ -57,6 +63,7 @@ class CpuDecoderLayer(PlacedOperator):
         placement: Placement,
         chunk_tokens: int | None,
         top_k: int | None,
+        cache_format: str | None,
     ):
         nn.Module.__init__(self)  # what transformers' layer would make, V2 and V3 below have not
         attention: Any = module.self_attn
@@ -64,6 +71,7 @@ class CpuDecoderLayer(PlacedOperator):
         self.weight_format = weight_format
         self.threads = threads
         self.chunk_tokens = chunk_tokens
+        self.cache_format = cache_format
         self.layer_idx: int = attention.layer_idx
         self.kv_lora_rank: int = attention.kv_lora_rank
         self.qk_rope_head_dim: int = attention.qk_rope_head_dim
@@ -92,6 +100,7 @@ class CpuDecoderLayer(PlacedOperator):
         numa: Literal["interleave", "shard", "replicate"] | None = None,
         chunk_tokens: int | None = None,
         top_k: int | Mapping[str, int] | None = None,
+        cache_format: Literal["bf16", "fp32", "int8"] | None = None,
     ) -> Self:
         """Build the operator for a decoder layer of DeepSeek-V2 or V3.
 
@@ -106,6 +115,8 @@ class CpuDecoderLayer(PlacedOperator):
                 where it is not given 1024, or 256 in a layer without experts, whose MLP is wide.
             top_k: experts per token, fewer than configured, or a mapping from layer ranges to
                 that, such as {'1-3': 4, '4-60': 6}; layers without experts take no notice.
+            cache_format: what `LatentCache.for_model` shall keep latents in; without it the model's
+                precision.
 
         Raises ValueError for another module, and for what is not computed here.
         """
@@ -123,6 +134,7 @@ class CpuDecoderLayer(PlacedOperator):
         format_name = weight_format(weight, group_size)
         count, chunk = thread_count(threads), chunk_size(chunk_tokens)
         placement = weight_placement(numa)
+        check_cache_format(cache_format)
         check_site(site)
         return kind(  # type: ignore[return-value]  # a subclass
             module,
@@ -132,6 +144,7 @@ class CpuDecoderLayer(PlacedOperator):
             placement=placement,
             chunk_tokens=chunk,
             top_k=_top_k(top_k, module, site),
+            cache_format=cache_format,
         )
 
     @property

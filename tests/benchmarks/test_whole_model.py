@@ -22,7 +22,7 @@ import targets
 import whole_model
 from end_to_end import Compared
 from gguf_model import stored_name, write_gguf
-from ktransformers import _native
+from ktransformers import _native, optimize_and_load
 from ktransformers.checkpoint import open_checkpoint
 from make_model import real_config, write_model
 from peer_layer import CannotRun
@@ -282,6 +282,17 @@ def test_operations_of_attention_are_those_of_the_cheaper_form() -> None:
         last = T * (512 + 512 + 64) + 512 * 256
         expected = 2 * 16 * (2 * expanded + last)
         assert model_limits.attention_operations(config, T) == expected
+
+
+@pytest.mark.parametrize(("cache_format", "nbytes"), [(None, 80), ("int8", 32 + 4 + 16)])
+def test_a_decoded_token_reads_the_cache_in_the_format_of_its_rules(
+    folder: Path, cache_format: str | None, nbytes: int
+) -> None:
+    operator = "ktransformers.operators.attention.MlaAttention"
+    replace = {"class": operator, "kwargs": {"cache_format": cache_format}}
+    model = optimize_and_load(folder, [{"match": {"name": "self_attn$"}, "replace": replace}])
+    short, long = (model_limits.decode_bytes(model, context) for context in (100, 201))
+    assert long - short == 2 * 101 * nbytes
 
 
 def test_native_calls_are_noted_and_the_module_is_left_as_it_was() -> None:

@@ -277,6 +277,11 @@ def test_a_gradient_is_refused(config: PreTrainedConfig) -> None:
         (r"\.mlp$", {}, "place of a DeepseekV2Attention or DeepseekV3Attention, not of Deepseek"),
         (r"self_attn$", {"weight": "int2"}, "weight 'int2' is not supported (expected int8, "),
         (r"self_attn$", {"threads": 0}, "threads 0 is not 'auto' or a number from 1 to 1024"),
+        (
+            r"self_attn$",
+            {"cache_format": "fp8"},
+            "cache_format 'fp8' is not supported (expected bf16, fp32, int8)",
+        ),
     ],
 )
 def test_what_the_operator_cannot_do_it_says(pattern: str, kwargs: Any, reason: str) -> None:
@@ -284,6 +289,21 @@ def test_what_the_operator_cannot_do_it_says(pattern: str, kwargs: Any, reason: 
     with pytest.raises(RuleError) as caught:
         optimize_and_load(random_model(v3_config()), [{**rule, "match": {"name": pattern}}])
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("cache_format", ["bf16", "fp32", "int8"])
+def test_a_cache_is_made_in_the_format_that_rules_ask_for(cache_format: str) -> None:
+    model = optimize_and_load(random_model(v3_config()), rules(cache_format=cache_format))
+    assert LatentCache.for_model(model, 10).format == cache_format
+    assert LatentCache.for_model(model, 10, "fp32").format == "fp32"
+
+
+def test_layers_that_want_different_caches_are_refused_one_for_all() -> None:
+    first, rest = rules(cache_format="int8"), rules(cache_format="bf16")
+    first[0]["match"]["layers"] = "0"
+    model = optimize_and_load(random_model(v3_config()), [*first, *rest])
+    with pytest.raises(ValueError, match="planned for caches in bf16, int8: pass format"):
+        LatentCache.for_model(model, 10)
 
 
 def test_a_model_in_bf16_computes_what_it_computes_in_fp32(config: PreTrainedConfig) -> None:

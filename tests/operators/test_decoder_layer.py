@@ -333,6 +333,7 @@ def test_the_footprint_is_what_the_layer_holds(name: str, kwargs: dict[str, Any]
         (r"\.mlp$", {}, {}, "place of a DeepseekV2DecoderLayer or DeepseekV3DecoderLayer, not of"),
         (r"layers\.\d$", {}, {"weight": "int2"}, "weight 'int2' is not supported"),
         (r"layers\.\d$", {}, {"threads": 0}, "threads 0 is not 'auto' or a number"),
+        (r"layers\.\d$", {}, {"cache_format": "fp8"}, "cache_format 'fp8' is not supported (exp"),
         (r"layers\.\d$", {}, {"top_k": 5}, "top_k 5 is not an integer from 1 to 4"),
         (r"layers\.\d$", {}, {"top_k": {"0-1": 2}}, "top_k gives no number for layer 2"),
         (r"layers\.\d$", {"attention_bias": True}, {}, "attention_bias is not supported"),
@@ -411,14 +412,17 @@ def test_the_last_position_alone_has_the_output_that_it_has_among_others(
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("rank", [32, 160])
+@pytest.mark.parametrize(
+    ("format", "rank"), [("bf16", 32), ("fp32", 32), ("int8", 32), ("int8", 160)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_latents_have_the_bits_that_a_cache_rounds_itself(
-    config: PreTrainedConfig, dtype: torch.dtype, rank: int
+def test_what_a_layer_caches_has_the_bits_that_a_cache_makes_itself(
+    config: PreTrainedConfig, dtype: torch.dtype, format: Any, rank: int
 ) -> None:
     config.update({**ALL, "kv_lora_rank": rank})
-    model = optimize_and_load(random_model(config, dtype=dtype), rules())
-    exact, native, own = (LatentCache.for_model(model, 50, each) for each in (None, "int8", "int8"))
+    model = optimize_and_load(random_model(config, dtype=dtype), rules(cache_format=format))
+    exact = LatentCache(config, 50, "fp32")
+    native, own = (LatentCache.for_model(model, 50) for _ in range(2))
     with torch.no_grad():
         for cache in (exact, native):
             model(IDS, past_key_values=cache)
@@ -426,7 +430,7 @@ def test_int8_latents_have_the_bits_that_a_cache_rounds_itself(
     own.append(latent[:, 0], rope[:, 0], 0)
     slots = own.table.indexes(0, 40)
     got, want = (cache.layers[0].tensors() for cache in (native, own))
-    assert got["scale"].shape[2] == -(-rank // 128)
+    assert native.format == format
     for name, tensor in want.items():
         assert torch.equal(got[name].flatten(0, 1)[slots], tensor.flatten(0, 1)[slots]), name
 
