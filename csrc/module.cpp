@@ -17,6 +17,7 @@
 #include "bench/read_bandwidth.h"
 #include "binding.h"
 #include "kernels.h"
+#include "module_attention.h"
 #include "module_decoder.h"
 #include "module_engine.h"
 #include "module_layers.h"
@@ -294,6 +295,7 @@ NB_MODULE(_native, m) {
   m.def("bench_peak", &bench_peak, "format"_a, "threads"_a = nb::none(), "seconds"_a = 0.2,
         nb::kw_only(), "isa"_a = nb::none());
   bind_layers(m);
+  bind_attention_steps(m);
   bind_mla(m);
   bind_decoder(m);
   bind_pack_experts(m);
