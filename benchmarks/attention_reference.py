@@ -7,6 +7,10 @@ what a kernel's roundings can make of that:
   weights; in the absorbed form queries to what the weights' format takes. By how much, `d_x`, is
   computed. Later results differ by 2^-8 of themselves where they are rounded to bf16 (half a step),
   by half a step of int8 where that is what a product takes.
+* Int8 latents are multiplied as integers where bf16 has no tiles; then q_c, after its rounding to
+  bf16, and the weights of a tile times the latents' scales are rounded to 2^-16 of the largest of
+  128 and of 64. Squared and added up that is less than what rounding the largest alone to bf16
+  may change, so the bounds are those of the products in bf16.
 * Added up at their worst, 512 such roundings would hide any mistake. They are independent of each
   other, so a sum of them exceeds 6 times the root of the sum of the squares of their bounds with a
   probability of 2 exp(-18) (Hoeffding; Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019).

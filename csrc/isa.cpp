@@ -25,10 +25,11 @@ counters& own_counters() {
 constexpr const char* isa_names[isa_count] = {"portable",    "avx2",     "avx_vnni", "avx512_vnni",
                                               "avx512_bf16", "amx_int8", "amx_bf16"};
 constexpr const char* operation_names[operation_count] = {
-    "quantize_rows", "sum_groups",      "int8_gemm",  "int4_gemm",       "bf16_gemm",
-    "silu_mul",      "weighted_add",    "round_rows", "int4_quantize",   "softmax_step",
-    "rescale_add",   "dequantise_rows", "pair_rows",  "transpose_pairs", "rms_norm",
-    "add_rows",      "router_logits",   "int8_peak",  "int4_peak",       "bf16_peak"};
+    "quantize_rows", "quantize_pairs",  "sum_groups",  "int8_gemm",       "int4_gemm",
+    "bf16_gemm",     "int16_gemm",      "silu_mul",    "weighted_add",    "round_rows",
+    "int4_quantize", "softmax_step",    "rescale_add", "dequantise_rows", "widen_rows",
+    "pair_rows",     "transpose_pairs", "rms_norm",    "add_rows",        "router_logits",
+    "int8_peak",     "int4_peak",       "bf16_peak"};
 
 }  // namespace
 

@@ -16,10 +16,12 @@ constexpr int isa_count = 7;
 
 enum class operation : uint8_t {
   quantize_rows,
+  quantize_pairs,
   sum_groups,
   int8_gemm,
   int4_gemm,
   bf16_gemm,
+  int16_gemm,
   silu_mul,
   weighted_add,
   round_rows,
@@ -27,6 +29,7 @@ enum class operation : uint8_t {
   softmax_step,
   rescale_add,
   dequantise_rows,
+  widen_rows,
   pair_rows,
   transpose_pairs,
   rms_norm,
@@ -36,7 +39,7 @@ enum class operation : uint8_t {
   int4_peak,
   bf16_peak
 };
-constexpr int operation_count = 20;
+constexpr int operation_count = 23;
 
 // True where the processor has every instruction of the set and the operating system saves its
 // registers. Lives in a file of its own so that a test build can replace it.

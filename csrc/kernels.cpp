@@ -25,6 +25,7 @@ kernel_table select_kernels(isa cap) {
   const kernel_table untiled = select_up_to(cap < isa::amx_int8 ? cap : isa::avx512_bf16);
   table.int8_gemm_few = untiled.int8_gemm;
   table.int4_gemm_few = untiled.int4_gemm;
+  table.bf16_in_tiles = table.bf16_gemm != untiled.bf16_gemm;
   return table;
 }
 

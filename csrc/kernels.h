@@ -5,6 +5,7 @@
 #include "bench/peak.h"
 #include "bf16_gemm/bf16_gemm.h"
 #include "combine/combine.h"
+#include "int16_gemm/int16_gemm.h"
 #include "int4_gemm/int4_gemm.h"
 #include "int4_quantize/int4_quantize.h"
 #include "int8_gemm/int8_gemm.h"
@@ -18,13 +19,16 @@ namespace kt {
 
 struct kernel_table {
   quantize_rows_fn* quantize_rows;
+  quantize_pairs_fn* quantize_pairs;
   sum_groups_fn* sum_groups;
   gemm_fn* int8_gemm;
   gemm_fn* int4_gemm;
   gemm_fn* bf16_gemm;
+  int16_gemm_fn* int16_gemm;
   // The same bits as the two without `few`, and faster for a few rows: they have no tiles to fill.
   gemm_fn* int8_gemm_few;
   gemm_fn* int4_gemm_few;
+  bool bf16_in_tiles;  // bf16_gemm has instructions for tiles: nothing here is faster
   silu_mul_fn* silu_mul;
   weighted_add_fn* weighted_add;
   round_rows_fn* round_rows;
@@ -32,6 +36,7 @@ struct kernel_table {
   softmax_step_fn* softmax_step;
   rescale_add_fn* rescale_add;
   dequantise_rows_fn* dequantise_rows;
+  widen_rows_fn* widen_rows;
   pair_rows_fn* pair_rows;
   transpose_pairs_fn* transpose_pairs;
   rms_norm_fn* rms_norm;

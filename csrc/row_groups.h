@@ -12,12 +12,14 @@ namespace kt {
 namespace {
 
 // A tile of registers: some rows from row index i on, times some panels from output j on.
-using tile_fn = void(const gemm_args& args, int64_t i, int64_t j);
+template <typename arguments>
+using tile_of = void(const arguments& args, int64_t i, int64_t j);
+using tile_fn = tile_of<gemm_args>;
 
 // All rows at output j; tiles[r - 1] takes r rows. Groups are of equal size as far as possible:
 // with tiles of at most 6 rows, 7 rows are 4 + 3, not 6 + 1.
-template <int most>
-void in_row_groups(const gemm_args& args, int64_t j, tile_fn* const (&tiles)[most]) {
+template <typename arguments, int most>
+void in_row_groups(const arguments& args, int64_t j, tile_of<arguments>* const (&tiles)[most]) {
   int64_t groups = (args.m + most - 1) / most;
   for (int64_t i = 0; i < args.m; --groups) {
     const int64_t rows = (args.m - i + groups - 1) / groups;
@@ -27,8 +29,8 @@ void in_row_groups(const gemm_args& args, int64_t j, tile_fn* const (&tiles)[mos
 }
 
 // All outputs, one panel at a time.
-template <int most>
-[[maybe_unused]] void by_panel(const gemm_args& args, tile_fn* const (&tiles)[most]) {
+template <typename arguments, int most>
+[[maybe_unused]] void by_panel(const arguments& args, tile_of<arguments>* const (&tiles)[most]) {
   for (int64_t j = 0; j < args.n; j += panel_outputs) in_row_groups(args, j, tiles);
 }
 

@@ -143,7 +143,7 @@ def softmax_step(
     maximum: Tensor,
     sum: Tensor,
     factor: Tensor,
-    p: Tensor,
+    p: Tensor | None,
     *,
     isa: str | None = None,
 ) -> None:
@@ -151,7 +151,8 @@ def softmax_step(
 
     `scores` fp32 `[keys, columns]`, keys even and columns a multiple of 16; of them each column
     sees the first `seen` int32 `[columns]`. `maximum` and `sum` fp32 `[columns]` are updated;
-    `factor` fp32 `[columns]` and `p` bf16 `[keys / 2, columns, 2]` are written.
+    `factor` fp32 `[columns]` and `p` bf16 `[keys / 2, columns, 2]` are written; without `p` the
+    weights take the scores' places, not rounded.
     """
 
 def rescale_add(factor: Tensor, x: Tensor, acc: Tensor, *, isa: str | None = None) -> None:
@@ -163,6 +164,34 @@ def dequantise_rows(
     """Round `q[i, j] * scale[i, j // group_size]` to `out`: int8 and bf16 `[m, n]`.
 
     `scale` fp32 `[m, ceil(n / group_size)]`, group_size a multiple of 16.
+    """
+
+def widen_rows(q: Tensor, out: Tensor, *, isa: str | None = None) -> None:
+    """Copy int8 `[m, n]` to int16 `[m, n]`."""
+
+def quantize_pairs(
+    x: Tensor, factor: Tensor | None, q: Tensor, scale: Tensor, *, isa: str | None = None
+) -> None:
+    """Quantise columns to int16 (csrc/quantize/quantize.h): `q` int16 `[k / 2, n, 2]`.
+
+    `x` is fp32 `[k, n]`, of which each row is multiplied by its `factor` `[k]`, or without factors
+    bf16 `[k / 2, n, 2]`; `scale` fp32 `[n]`, n a multiple of 8.
+    """
+
+def int16_gemm(
+    a: Tensor,
+    a_scale: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    c_scale: Tensor,
+    c: Tensor,
+    *,
+    isa: str | None = None,
+) -> None:
+    """Add the product of int16 rows to `c` (csrc/int16_gemm/int16_gemm.h).
+
+    `a` int16 `[m, k]`, `packed` int16 `[n / 16, k / 2, 16, 2]`, one of the two in [-127, 127];
+    `c` fp32 `[m, n]`; `a_scale` and `c_scale` fp32 `[m]`, `w_scale` `[n]`; k even, 512 at most.
     """
 
 def pair_rows(x: Tensor, packed: Tensor, *, isa: str | None = None) -> None:

@@ -6,12 +6,13 @@
 //   x[i][j] = scores[i][j] * scale, or -infinity where i >= seen[j]
 //   top = maximum[j], then for ascending i: x[i][j] > top ? x[i][j] : top
 //   factor[j] = exp2(maximum[j] - top)
-//   p[i][j] = exp2(x[i][j] - top) rounded to bf16
+//   p[i][j] = exp2(x[i][j] - top), rounded to bf16 where p is asked for and not weights
 //   sum[j] = sum[j] * factor[j] + (((0 + p[0][j]) + p[1][j]) + ...)
 //   maximum[j] = top
 //
 // A maximum starts at no_maximum and a sum at 0. NaN does not move the maximum and makes the sum
-// NaN. The weights summed are the rounded ones: what is divided by the sum adds up to 1.
+// NaN. The weights summed are the rounded ones, if they are: what is
+// divided by the sum adds up to 1.
 //
 // exp2, for x <= 0:
 //
@@ -25,6 +26,7 @@
 // of this evaluation (measured over two million r), and exp2(0) is 1. Below 2^-126 the result is 0.
 //
 // rescale_add:      acc[i][j] = acc[i][j] * factor[i] + x[i][j]
+// widen_rows:       out[i][j] = q[i][j]
 // dequantise_rows:  out[i][j] = q[i][j] * scale[i][j / group_size] rounded to bf16
 // pair_rows:        rows of keys into the packed layout in which keys are the inputs of a product,
 //                   packed[j / 16][i / 2][j % 16][i % 2] = x[i][j]  (bf16_gemm.h)
@@ -58,6 +60,7 @@ struct softmax_step_args {
   float* sum;           // [columns], updated
   float* factor;        // [columns]
   uint16_t* p;          // [keys/2][columns][2]
+  float* weights;       // [keys][columns], may be the scores; or nullptr: one of the two is given
 };
 
 struct rescale_add_args {
@@ -77,6 +80,14 @@ struct dequantise_rows_args {
   const int8_t* q;     // [rows][n]
   const float* scale;  // [rows][ceil(n / group_size)]
   uint16_t* out;       // [rows][out_stride]
+  int64_t out_stride;
+};
+
+struct widen_rows_args {
+  int64_t rows;
+  int64_t n;
+  const int8_t* q;  // [rows][n]
+  uint16_t* out;    // int16 [rows][out_stride]
   int64_t out_stride;
 };
 
@@ -100,6 +111,7 @@ struct transpose_pairs_args {
 using softmax_step_fn = void(const softmax_step_args& args);
 using rescale_add_fn = void(const rescale_add_args& args);
 using dequantise_rows_fn = void(const dequantise_rows_args& args);
+using widen_rows_fn = void(const widen_rows_args& args);
 using pair_rows_fn = void(const pair_rows_args& args);
 using transpose_pairs_fn = void(const transpose_pairs_args& args);
 

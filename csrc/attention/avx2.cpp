@@ -55,12 +55,19 @@ struct columns8 {
   }
 };
 
-void softmax8(const softmax_step_args& args, int64_t j) {
-  const columns8 column{args.scores + j, args.columns, _mm256_set1_ps(args.scale),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(args.seen + j))};
-  const __m256 before = _mm256_loadu_ps(args.maximum + j);
-  __m256 top = before;
-  for (int64_t i = 0; i < args.keys; ++i) top = _mm256_max_ps(column.x(i), top);
+// Weights of eight columns, from the largest score of each on; returns their sums.
+__m256 store_weights(const softmax_step_args& args, const columns8& column, __m256 top, int64_t j) {
+  __m256 sum = _mm256_setzero_ps();
+  for (int64_t i = 0; i < args.keys; ++i) {
+    const __m256 weight = exp2(_mm256_sub_ps(column.x(i), top));
+    sum = _mm256_add_ps(sum, weight);
+    _mm256_storeu_ps(args.weights + i * args.columns + j, weight);
+  }
+  return sum;
+}
+
+// The same, rounded to bf16.
+__m256 store_pairs(const softmax_step_args& args, const columns8& column, __m256 top, int64_t j) {
   __m256 sum = _mm256_setzero_ps();
   for (int64_t i = 0; i < args.keys; i += 2) {
     const __m256i even = round_bf16(exp2(_mm256_sub_ps(column.x(i), top)));
@@ -70,6 +77,17 @@ void softmax8(const softmax_step_args& args, int64_t j) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(args.p + (i / 2 * args.columns + j) * 2),
                         _mm256_or_si256(_mm256_srli_epi32(even, 16), odd));
   }
+  return sum;
+}
+
+void softmax8(const softmax_step_args& args, int64_t j) {
+  const columns8 column{args.scores + j, args.columns, _mm256_set1_ps(args.scale),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(args.seen + j))};
+  const __m256 before = _mm256_loadu_ps(args.maximum + j);
+  __m256 top = before;
+  for (int64_t i = 0; i < args.keys; ++i) top = _mm256_max_ps(column.x(i), top);
+  const __m256 sum =
+      args.weights ? store_weights(args, column, top, j) : store_pairs(args, column, top, j);
   const __m256 factor = exp2(_mm256_sub_ps(before, top));
   const __m256 kept = _mm256_mul_ps(_mm256_loadu_ps(args.sum + j), factor);
   _mm256_storeu_ps(args.sum + j, _mm256_add_ps(kept, sum));
@@ -163,6 +181,20 @@ void dequantise_rows_avx2(const dequantise_rows_args& args) {
     memcpy(q_tail, q + whole, rest);
     dequantise16(q_tail, scale, out_tail);
     memcpy(out + whole, out_tail, rest * sizeof(uint16_t));
+  }
+}
+
+void widen_rows_avx2(const widen_rows_args& args) {
+  record_run(operation::widen_rows, isa::avx2);
+  for (int64_t i = 0; i < args.rows; ++i) {
+    const int8_t* q = args.q + i * args.n;
+    uint16_t* out = args.out + i * args.out_stride;
+    int64_t j = 0;
+    for (; j + 16 <= args.n; j += 16) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q + j));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), _mm256_cvtepi8_epi16(bytes));
+    }
+    for (; j < args.n; ++j) out[j] = static_cast<uint16_t>(int16_t{q[j]});
   }
 }
 

@@ -57,12 +57,20 @@ struct columns16 {
   }
 };
 
-void softmax16(const softmax_step_args& args, int64_t j) {
-  const columns16 column{args.scores + j, args.columns, _mm512_set1_ps(args.scale),
-                         _mm512_loadu_si512(args.seen + j)};
-  const __m512 before = _mm512_loadu_ps(args.maximum + j);
-  __m512 top = before;
-  for (int64_t i = 0; i < args.keys; ++i) top = _mm512_max_ps(column.x(i), top);
+// Weights of sixteen columns, from the largest score of each on; returns their sums.
+__m512 store_weights(const softmax_step_args& args, const columns16& column, __m512 top,
+                     int64_t j) {
+  __m512 sum = _mm512_set1_ps(0.0f);
+  for (int64_t i = 0; i < args.keys; ++i) {
+    const __m512 weight = exp2(_mm512_sub_ps(column.x(i), top));
+    sum = _mm512_add_ps(sum, weight);
+    _mm512_storeu_ps(args.weights + i * args.columns + j, weight);
+  }
+  return sum;
+}
+
+// The same, rounded to bf16.
+__m512 store_pairs(const softmax_step_args& args, const columns16& column, __m512 top, int64_t j) {
   __m512 sum = _mm512_set1_ps(0.0f);
   for (int64_t i = 0; i < args.keys; i += 2) {
     const __m512i even = round_bf16(exp2(_mm512_sub_ps(column.x(i), top)));
@@ -72,6 +80,17 @@ void softmax16(const softmax_step_args& args, int64_t j) {
     _mm512_storeu_si512(args.p + (i / 2 * args.columns + j) * 2,
                         _mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
   }
+  return sum;
+}
+
+void softmax16(const softmax_step_args& args, int64_t j) {
+  const columns16 column{args.scores + j, args.columns, _mm512_set1_ps(args.scale),
+                         _mm512_loadu_si512(args.seen + j)};
+  const __m512 before = _mm512_loadu_ps(args.maximum + j);
+  __m512 top = before;
+  for (int64_t i = 0; i < args.keys; ++i) top = _mm512_max_ps(column.x(i), top);
+  const __m512 sum =
+      args.weights ? store_weights(args, column, top, j) : store_pairs(args, column, top, j);
   const __m512 factor = exp2(_mm512_sub_ps(before, top));
   const __m512 kept = _mm512_mul_ps(_mm512_loadu_ps(args.sum + j), factor);
   _mm512_storeu_ps(args.sum + j, _mm512_add_ps(kept, sum));

@@ -22,7 +22,13 @@ void softmax_step_portable(const softmax_step_args& args) {
     for (int64_t i = 0; i < args.keys; ++i) top = x(i) > top ? x(i) : top;
     float sum = 0.0f;
     for (int64_t i = 0; i < args.keys; ++i) {
-      const uint16_t p = float_to_bf16(attention_exp2(x(i) - top));
+      const float weight = attention_exp2(x(i) - top);
+      if (args.weights) {
+        args.weights[i * args.columns + j] = weight;
+        sum = sum + weight;
+        continue;
+      }
+      const uint16_t p = float_to_bf16(weight);
       args.p[(i / 2 * args.columns + j) * 2 + i % 2] = p;
       sum = sum + bf16_to_float(p);
     }
@@ -53,6 +59,15 @@ void dequantise_rows_portable(const dequantise_rows_args& args) {
     uint16_t* out = args.out + i * args.out_stride;
     for (int64_t j = 0; j < args.n; ++j) {
       out[j] = float_to_bf16(static_cast<float>(q[j]) * scale[j / args.group_size]);
+    }
+  }
+}
+
+void widen_rows_portable(const widen_rows_args& args) {
+  record_run(operation::widen_rows, isa::portable);
+  for (int64_t i = 0; i < args.rows; ++i) {
+    for (int64_t j = 0; j < args.n; ++j) {
+      args.out[i * args.out_stride + j] = static_cast<uint16_t>(int16_t{args.q[i * args.n + j]});
     }
   }
 }

@@ -16,22 +16,27 @@ namespace {
 
 // Rows of queries that one task takes of a head, in and out.
 constexpr int64_t task_rows = slice_rows;
+// A cache line of 16 bits: 64 rows of 1024 bytes would share four sets of a first-level cache.
+constexpr int64_t row_padding = 32;
 
 struct worker_memory {
   attend_scratch* steps;
-  uint16_t* packed;           // a block's queries
-  uint16_t *rows, *values;    // a tile's keys
-  float *maximum, *sum;       // a block's
-  float *tile, *latent_rows;  // fp32 of products; combined latents
-  int32_t* zeros;             // a part's row of the sum
+  uint16_t* packed;                // a block's queries
+  uint16_t *rows, *values;         // a tile's keys
+  float *query_scale, *key_scale;  // [groups][..], where latents are taken as integers
+  float *maximum, *sum;            // a block's
+  float *tile, *latent_rows;       // fp32 of products; combined latents
+  int32_t* zeros;                  // a part's row of the sum
   float* part_weights;
   uintptr_t end;
 
   worker_memory(memory_cutter memory, const mla_sizes& sizes, int64_t parts)
       : steps(memory.cut<attend_scratch>(1)),
         packed(memory.cut<uint16_t>(block_columns * sizes.latent_width)),
-        rows(memory.cut<uint16_t>(tile_keys * sizes.latent_width)),
+        rows(memory.cut<uint16_t>(tile_keys * (sizes.latent_width + row_padding))),
         values(memory.cut<uint16_t>(tile_keys * sizes.latent_columns)),
+        query_scale(memory.cut<float>(latent_groups(sizes.latent_columns) * block_columns)),
+        key_scale(memory.cut<float>(latent_groups(sizes.latent_columns) * tile_keys)),
         maximum(memory.cut<float>(block_columns)),
         sum(memory.cut<float>(block_columns)),
         tile(memory.cut<float>(task_rows * wide_slice)),
@@ -39,6 +44,14 @@ struct worker_memory {
         zeros(memory.cut<int32_t>(parts)),
         part_weights(memory.cut<float>(parts)),
         end(memory.end()) {}
+};
+
+// A block's queries [columns][latent_width], from `column` of a sequence on, and their keys.
+struct part_of_keys {
+  const sequence_rows& of;
+  int64_t column;
+  const uint16_t* queries;
+  int64_t begin, end;  // tokens
 };
 
 struct absorbed_work {
@@ -70,6 +83,16 @@ struct absorbed_work {
 
   void absorb(int64_t task, int worker) const;
   void attend_part(int64_t task, int worker) const;
+  void attend_floats(const part_of_keys& part, const query_block& block,
+                     const worker_memory& memory) const;
+  void attend_int8(const part_of_keys& part, const query_block& block,
+                   const worker_memory& memory) const;
+  template <typename destination, typename step_fn>
+  void each_tile(const part_of_keys& part, const destination& to, int64_t count,
+                 const worker_memory& memory, step_fn&& step) const;
+  int64_t position(const sequence_rows& of, int64_t column) const {
+    return query_position(input, of.sequence, chunk.first_token + column / weights.heads);
+  }
   void combine(const sequence_rows& of, int64_t column, const worker_memory& memory,
                float* out) const;
   void project(int64_t task, int worker) const;
@@ -117,29 +140,62 @@ void absorbed_work::attend_part(int64_t number, int worker) const {
                           partial + row * sizes.latent_columns,
                           sizes.latent_columns};
   begin_block(block);
-  pack_queries(kernels, queries + (task.index * columns() + task.column) * sizes.latent_width,
-               task.columns, sizes.latent_width, memory.packed);
-  const auto position = [&](int64_t column) {
-    return query_position(input, of.sequence, chunk.first_token + column / weights.heads);
-  };
-  const int64_t last = position(task.column + task.columns - 1);
-  const int64_t end = std::min((task.part + 1) * of.parts.keys, last + 1);
-  const int64_t width = sizes.latent_width, columns_c = sizes.latent_columns;
-  const key_destination rows{{memory.rows, columns_c, width},
-                             {memory.rows + columns_c, width - columns_c, width}};
-  key_tile tile;
-  for (int64_t token = task.part * of.parts.keys; token < end; token = tile.next) {
-    gather_keys(kernels, weights, input.cache, of.sequence, token, end, rows, &tile);
-    if (tile.keys == 0) break;
-    kernels.pair_rows({tile.padded_keys, columns_c, memory.rows, width, memory.values});
-    for (int64_t j = 0; j < task.columns; ++j) {
-      memory.steps->seen[j] = tile.seen_from(position(task.column + j));
-    }
-    attend(kernels, {tile.padded_keys, memory.rows, width, memory.values, columns_c}, block,
-           sizes.scale, memory.steps);
+  const int64_t last = position(of, task.column + task.columns - 1);
+  const part_of_keys part{
+      of, task.column, queries + (task.index * columns() + task.column) * sizes.latent_width,
+      task.part * of.parts.keys, std::min((task.part + 1) * of.parts.keys, last + 1)};
+  if (input.cache.type == latent_type::int8 && !kernels.bf16_in_tiles) {
+    attend_int8(part, block, memory);
+  } else {
+    attend_floats(part, block, memory);
   }
   std::copy_n(memory.maximum, task.columns, maximum + row);
   std::copy_n(memory.sum, task.columns, sum + row);
+}
+
+template <typename destination, typename step_fn>
+void absorbed_work::each_tile(const part_of_keys& part, const destination& to, int64_t count,
+                              const worker_memory& memory, step_fn&& step) const {
+  key_tile tile;
+  for (int64_t token = part.begin; token < part.end; token = tile.next) {
+    gather_keys(kernels, weights, input.cache, part.of.sequence, token, part.end, to, &tile);
+    if (tile.keys == 0) break;
+    for (int64_t j = 0; j < count; ++j) {
+      memory.steps->seen[j] = tile.seen_from(position(part.of, part.column + j));
+    }
+    step(tile.padded_keys);
+  }
+}
+
+void absorbed_work::attend_floats(const part_of_keys& part, const query_block& block,
+                                  const worker_memory& memory) const {
+  const int64_t width = sizes.latent_width, columns_c = sizes.latent_columns;
+  pack_queries(kernels, part.queries, block.columns, width, memory.packed);
+  const key_destination to{{memory.rows, columns_c, width},
+                           {memory.rows + columns_c, width - columns_c, width}};
+  each_tile(part, to, block.columns, memory, [&](int64_t keys) {
+    kernels.pair_rows({keys, columns_c, memory.rows, width, memory.values});
+    attend(kernels, {keys, memory.rows, width, memory.values, columns_c}, block, sizes.scale,
+           memory.steps);
+  });
+}
+
+void absorbed_work::attend_int8(const part_of_keys& part, const query_block& block,
+                                const worker_memory& memory) const {
+  const int64_t columns_c = sizes.latent_columns, rope_width = sizes.latent_width - columns_c;
+  const integer_queries packed{memory.packed, memory.query_scale,
+                               memory.packed + block_columns * columns_c};
+  pack_integer_queries(kernels, part.queries, block.columns, columns_c, sizes.latent_width, packed);
+  const int64_t stride = columns_c + row_padding;
+  uint16_t* const rope = memory.rows + tile_keys * stride;
+  const integer_destination to{
+      memory.rows, columns_c, stride, memory.key_scale, {rope, rope_width, rope_width}};
+  each_tile(part, to, block.columns, memory, [&](int64_t keys) {
+    attend_integers(
+        kernels,
+        {keys, columns_c, memory.rows, stride, memory.key_scale, rope, rope_width, memory.values},
+        block, packed, sizes.scale, memory.steps);
+  });
 }
 
 // out [latent_columns] = the parts' sums in ascending order, over the sum of the weights.

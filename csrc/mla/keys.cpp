@@ -5,6 +5,7 @@
 
 #include "../bf16_gemm/bf16_gemm.h"
 #include "../float_types.h"
+#include "../slices.h"
 #include "forms.h"
 
 namespace kt {
@@ -42,16 +43,38 @@ void copy_run(const kernel_table& kernels, const mla_weights& weights, const lat
   }
 }
 
-}  // namespace
-
-int32_t key_tile::seen_from(int64_t position) const {
-  if (keys > 0 && positions[keys - 1] <= position) return static_cast<int32_t>(keys);
-  return static_cast<int32_t>(std::upper_bound(positions, positions + keys, position) - positions);
+// The same of int8 latents as they are.
+void copy_run(const kernel_table& kernels, const mla_weights& weights, const latent_cache& cache,
+              int64_t slot, int64_t count, const integer_destination& to, int64_t first) {
+  const int64_t c = weights.latent, r = weights.rope, groups = latent_groups(c);
+  uint16_t* rows = to.rows + first * to.stride;
+  kernels.widen_rows(
+      {count, c, static_cast<const int8_t*>(cache.latent) + slot * c, rows, to.stride});
+  copy_rows(kernels, cache.rope, cache.rope_type, slot * r, count, r, to.rope, first);
+  for (int64_t i = 0; i < count; ++i) {
+    std::fill(rows + i * to.stride + c, rows + i * to.stride + to.columns, uint16_t{0});
+    zero(to.rope, first + i, r);
+    for (int64_t g = 0; g < groups; ++g) {
+      to.scale[g * tile_keys + first + i] = cache.scale[(slot + i) * groups + g];
+    }
+  }
 }
 
-void gather_keys(const kernel_table& kernels, const mla_weights& weights, const latent_cache& cache,
-                 int64_t sequence, int64_t begin, int64_t end, const key_destination& to,
-                 key_tile* tile) {
+// Zeros for a key that is none.
+void clear(const key_destination& to, int64_t row) {
+  zero(to.latent, row, 0);
+  zero(to.rope, row, 0);
+}
+
+void clear(const integer_destination& to, int64_t row) {
+  std::fill_n(to.rows + row * to.stride, to.columns, uint16_t{0});
+  zero(to.rope, row, 0);
+  for (int64_t g = 0; g * latent_group < to.columns; ++g) to.scale[g * tile_keys + row] = 0.0f;
+}
+
+template <typename destination>
+void gather(const kernel_table& kernels, const mla_weights& weights, const latent_cache& cache,
+            int64_t sequence, int64_t begin, int64_t end, const destination& to, key_tile* tile) {
   const int32_t* pages = cache.block_table + sequence * cache.max_pages;
   const uint8_t* valid = cache.valid ? cache.valid + sequence * cache.valid_stride : nullptr;
   tile->keys = 0;
@@ -74,10 +97,26 @@ void gather_keys(const kernel_table& kernels, const mla_weights& weights, const 
   }
   tile->next = token;
   tile->padded_keys = round_up(tile->keys, bf16_gemm_k_multiple);
-  for (int64_t i = tile->keys; i < tile->padded_keys; ++i) {
-    zero(to.latent, i, 0);
-    zero(to.rope, i, 0);
-  }
+  for (int64_t i = tile->keys; i < tile->padded_keys; ++i) clear(to, i);
+}
+
+}  // namespace
+
+int32_t key_tile::seen_from(int64_t position) const {
+  if (keys > 0 && positions[keys - 1] <= position) return static_cast<int32_t>(keys);
+  return static_cast<int32_t>(std::upper_bound(positions, positions + keys, position) - positions);
+}
+
+void gather_keys(const kernel_table& kernels, const mla_weights& weights, const latent_cache& cache,
+                 int64_t sequence, int64_t begin, int64_t end, const key_destination& to,
+                 key_tile* tile) {
+  gather(kernels, weights, cache, sequence, begin, end, to, tile);
+}
+
+void gather_keys(const kernel_table& kernels, const mla_weights& weights, const latent_cache& cache,
+                 int64_t sequence, int64_t begin, int64_t end, const integer_destination& to,
+                 key_tile* tile) {
+  gather(kernels, weights, cache, sequence, begin, end, to, tile);
 }
 
 }  // namespace kt

@@ -29,9 +29,20 @@ struct key_destination {
   key_rows latent, rope;
 };
 
+// Where int8 latents go as they are, and their scales.
+struct integer_destination {
+  uint16_t* rows;           // int16 [tile_keys][stride]
+  int64_t columns, stride;  // zeros from the values to `columns`
+  float* scale;             // [groups][tile_keys]
+  key_rows rope;
+};
+
 // Gathers up to tile_keys tokens of `sequence` from [begin, end).
 void gather_keys(const kernel_table& kernels, const mla_weights& weights, const latent_cache& cache,
                  int64_t sequence, int64_t begin, int64_t end, const key_destination& to,
+                 key_tile* tile);
+void gather_keys(const kernel_table& kernels, const mla_weights& weights, const latent_cache& cache,
+                 int64_t sequence, int64_t begin, int64_t end, const integer_destination& to,
                  key_tile* tile);
 
 }  // namespace kt

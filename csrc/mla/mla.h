@@ -16,9 +16,11 @@
 //
 // Products are of bf16 (bf16_gemm.h), but for q_c and out of the absorbed form, which are those of
 // the weights' format (weights/rows.h); latents that are not bf16 are rounded to it, and so are
-// q_c, k, v and, in the expanded form, the weights. The rest is fp32 (attention.h). A query's
-// output depends neither on the other sequences nor on the number of threads; a query that sees
-// nothing gives zeros.
+// q_c, k, v and, in the expanded form, the weights. Int8 latents of the absorbed form are taken as
+// they are, q_c and softmax(score) in 16 bits (int16_gemm.h), which is exact but for the rounding
+// of those two, unless bf16 has tiles. The rest is fp32 (attention.h). A query's output depends
+// neither on the other sequences nor on the number of threads; a query that sees nothing gives
+// zeros.
 #pragma once
 
 #include <cstdint>

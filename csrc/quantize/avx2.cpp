@@ -103,6 +103,53 @@ void quantize_row(const typename reader::element* x, int64_t k, int64_t k_padded
   *sum = horizontal_sum(total);
 }
 
+// Eight columns of two rows, times their factors.
+struct row_pair {
+  __m256 even, odd;
+};
+
+template <bool scaled>
+row_pair load_pair(const quantize_pairs_args& args, int64_t i, int64_t j) {
+  if constexpr (!scaled) {
+    const uint16_t* x = static_cast<const uint16_t*>(args.x) + i * args.columns + j * 2;
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(pairs, high))};
+  }
+  const float* x = static_cast<const float*>(args.x) + i * args.columns + j;
+  return {
+      _mm256_mul_ps(_mm256_loadu_ps(x), _mm256_broadcast_ss(args.factor + i)),
+      _mm256_mul_ps(_mm256_loadu_ps(x + args.columns), _mm256_broadcast_ss(args.factor + i + 1))};
+}
+
+template <bool scaled>
+void quantize_columns(quantize_pairs_args args, int64_t j) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  __m256i bits = _mm256_setzero_si256();
+  for (int64_t i = 0; i < args.k; i += 2) {
+    const row_pair rows = load_pair<scaled>(args, i, j);
+    bits = _mm256_max_epi32(bits, _mm256_and_si256(_mm256_castps_si256(rows.even), mask));
+    bits = _mm256_max_epi32(bits, _mm256_and_si256(_mm256_castps_si256(rows.odd), mask));
+  }
+  const __m256 amax = _mm256_castsi256_ps(bits), limit = _mm256_set1_ps(quantize_pairs_limit);
+  const __m256i finite = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x7f800000), bits);
+  const __m256 zero = _mm256_cmp_ps(amax, _mm256_set1_ps(quantize_pairs_floor), _CMP_LT_OQ);
+  const __m256i kept = _mm256_andnot_si256(_mm256_castps_si256(zero), finite);
+  const __m256 inverse = _mm256_div_ps(limit, amax);
+  for (int64_t i = 0; i < args.k; i += 2) {
+    const row_pair rows = load_pair<scaled>(args, i, j);
+    const __m256i even = _mm256_cvtps_epi32(_mm256_mul_ps(rows.even, inverse));
+    const __m256i odd = _mm256_cvtps_epi32(_mm256_mul_ps(rows.odd, inverse));
+    const __m256i pairs = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(args.q + i * args.columns + j * 2),
+                        _mm256_and_si256(pairs, kept));
+  }
+  const __m256 scale = _mm256_andnot_ps(zero, _mm256_div_ps(amax, limit));
+  const __m256 nan = _mm256_set1_ps(__builtin_nanf(""));
+  _mm256_storeu_ps(args.scale + j, _mm256_blendv_ps(nan, scale, _mm256_castsi256_ps(finite)));
+}
+
 template <typename reader>
 void quantize_all(const quantize_rows_args& args) {
   const auto* x = static_cast<const typename reader::element*>(args.x);
@@ -124,6 +171,18 @@ void quantize_rows_avx2(const quantize_rows_args& args) {
       return quantize_all<fp16_reader>(args);
     case float_type::fp32:
       return quantize_all<fp32_reader>(args);
+  }
+}
+
+void quantize_pairs_avx2(const quantize_pairs_args& args) {
+  record_run(operation::quantize_pairs, isa::avx2);
+  assert(args.k % 2 == 0 && args.columns % 8 == 0);
+  for (int64_t j = 0; j < args.columns; j += 8) {
+    if (args.factor) {
+      quantize_columns<true>(args, j);
+    } else {
+      quantize_columns<false>(args, j);
+    }
   }
 }
 

@@ -54,6 +54,36 @@ void quantize_all(const quantize_rows_args& args) {
   }
 }
 
+void quantize_column(const quantize_pairs_args& args, int64_t j) {
+  const auto value = [&](int64_t i) {
+    if (args.factor) {
+      return static_cast<const float*>(args.x)[i * args.columns + j] * args.factor[i];
+    }
+    const int64_t index = (i / 2 * args.columns + j) * 2 + i % 2;
+    return bf16_to_float(static_cast<const uint16_t*>(args.x)[index]);
+  };
+  uint32_t amax_bits = 0;
+  for (int64_t i = 0; i < args.k; ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value(i)) & magnitude_mask;
+    amax_bits = bits > amax_bits ? bits : amax_bits;
+  }
+  const float amax = std::bit_cast<float>(amax_bits);
+  const bool finite = amax_bits < infinity_bits, zero = amax < quantize_pairs_floor;
+  for (int64_t i = 0; i < args.k; ++i) {
+    uint16_t* const q = args.q + (i / 2 * args.columns + j) * 2 + i % 2;
+    if (!finite || zero) {
+      *q = 0;
+      continue;
+    }
+    const float shifted = value(i) * (quantize_pairs_limit / amax) + round_magic;
+    *q = static_cast<uint16_t>(std::bit_cast<int32_t>(shifted) -
+                               std::bit_cast<int32_t>(round_magic));
+  }
+  args.scale[j] = zero     ? 0.0f
+                  : finite ? amax / quantize_pairs_limit
+                           : std::numeric_limits<float>::quiet_NaN();
+}
+
 }  // namespace
 
 void quantize_rows_portable(const quantize_rows_args& args) {
@@ -67,6 +97,12 @@ void quantize_rows_portable(const quantize_rows_args& args) {
     case float_type::fp32:
       return quantize_all<float_type::fp32>(args);
   }
+}
+
+void quantize_pairs_portable(const quantize_pairs_args& args) {
+  record_run(operation::quantize_pairs, isa::portable);
+  assert(args.k % 2 == 0 && args.columns % 8 == 0);
+  for (int64_t j = 0; j < args.columns; ++j) quantize_column(args, j);
 }
 
 void sum_groups_portable(const sum_groups_args& args) {

@@ -46,4 +46,25 @@ struct sum_groups_args {
 
 using sum_groups_fn = void(const sum_groups_args& args);
 
+// The same in 16 bits, column by column, of fp32 with a factor for each row or of bf16 pairs:
+//
+//   amax[j]  = max_i |x[i][j] * factor[i]|
+//   scale[j] = amax[j] / 32767
+//   q[i / 2][j][i % 2] = round_to_nearest_even(x[i][j] * factor[i] * (32767 / amax[j]))
+//
+// with zeros, and what is not finite, as above; a column is zeros below 2^-110.
+constexpr float quantize_pairs_floor = 0x1p-110f;
+constexpr float quantize_pairs_limit = 32767.0f;
+
+struct quantize_pairs_args {
+  int64_t k;            // multiple of 2
+  int64_t columns;      // multiple of 8
+  const void* x;        // fp32 [k][columns]; where there are no factors bf16 [k/2][columns][2]
+  const float* factor;  // [k], or nullptr
+  uint16_t* q;          // int16 [k/2][columns][2], may be x
+  float* scale;         // [columns]
+};
+
+using quantize_pairs_fn = void(const quantize_pairs_args& args);
+
 }  // namespace kt

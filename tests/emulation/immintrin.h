@@ -132,6 +132,17 @@ KT_INTRINSIC __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i u, __m512i s) {
   return (__m512i)total;
 }
 
+// VPDPWSSD: two products of signed words added to each lane of `sums` without saturation.
+KT_INTRINSIC __m512i _mm512_dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
+  kt_u32x16 total = (kt_u32x16)sums;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const __m512i words_a = (__m512i)((kt_u32x16)a << (16 - shift)) >> 16;
+    const __m512i words_b = (__m512i)((kt_u32x16)b << (16 - shift)) >> 16;
+    total += (kt_u32x16)(words_a * words_b);
+  }
+  return (__m512i)total;
+}
+
 // Conversions.
 
 KT_INTRINSIC __m512i _mm512_cvtepu16_epi32(__m256i v) {

@@ -242,15 +242,20 @@ def test_long_prompt_takes_more_than_one_chunk(form: Form) -> None:
 
 @every_product
 @both_forms
-@pytest.mark.parametrize("where", ["q", "latent", "rope"])
-def test_nan_stays_in_its_sequence(kernels: Variant, where: str, form: Form) -> None:
-    layer = random_attention(SMALL).native(kernels.native, isa=kernels.isa)
-    request = random_request(SMALL, [50, 50, 50], 4)
+@pytest.mark.parametrize(
+    ("cache", "where"),
+    [(cache, where) for cache in ("bf16", "int8") for where in ("q", "rope")]
+    + [("bf16", "latent"), ("int8", "latent_scale")],
+)
+def test_nan_stays_in_its_sequence(kernels: Variant, cache: str, where: str, form: Form) -> None:
+    sizes = SMALL if cache == "bf16" else replace(SMALL, latent=160)  # a scale of several
+    layer = random_attention(sizes).native(kernels.native, isa=kernels.isa)
+    request = random_request(sizes, [50, 50, 50], 4, cache=cache)
     clean = forward(layer, request, form)
     if where == "q":
         request.q[1, 2, 1, 5] = torch.nan
     else:
-        getattr(request, where)[int(request.block_table[1, 0]), 3, 2] = torch.nan
+        getattr(request, where)[int(request.block_table[1, 0]), 3, 1] = torch.nan
     out = forward(layer, request, form)
     assert same_bits(out[[0, 2]], clean[[0, 2]])
     hit = out[1].view(4, SMALL.heads, SMALL.value).isnan().all(-1)

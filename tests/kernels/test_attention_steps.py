@@ -50,6 +50,28 @@ def test_softmax_bits_are_the_portable_ones(kernels: Variant, keys: int, columns
         assert same_bits(a, b)
 
 
+@pytest.mark.parametrize(("keys", "columns"), [(2, 16), (64, 48)])
+def test_weights_without_rounding_take_the_scores_places(
+    kernels: Variant, keys: int, columns: int
+) -> None:
+    scores, seen, maximum, total = random_step(keys, columns)
+    rounded, top, _, factor = softmax_step(kernels, kernels.isa, scores, seen, maximum, total)
+    results = []
+    for isa in (kernels.isa, "portable"):
+        weights, new, sums, factors = (x.clone() for x in (scores, maximum, total, total))
+        kernels.native.softmax_step(weights, 0.3, seen, new, sums, factors, None, isa=isa)
+        results.append((weights, new, sums, factors))
+    for a, b in zip(*results, strict=True):
+        assert same_bits(a, b)
+    assert same_bits(weights.bfloat16(), rounded)
+    assert same_bits(new, top)
+    assert same_bits(factors, factor)
+    expected = torch.zeros(columns)
+    for row in weights:
+        expected = expected + row
+    assert same_bits(sums, total * factor + expected)
+
+
 def test_softmax_is_exact_but_for_roundings(kernels: Variant) -> None:
     """The header counts 4 u for exp2; bf16 2^-8, the argument u of itself."""
     scores, seen, maximum, total = random_step(64, 32)

@@ -31,10 +31,11 @@ from native_variants import (
 from packed_layer import forward, random_layer, random_request
 
 OPERATIONS = {
-    *("quantize_rows", "sum_groups", "int8_gemm", "int4_gemm", "bf16_gemm", "silu_mul"),
-    *("weighted_add", "round_rows", "int4_quantize"),
+    *("quantize_rows", "sum_groups", "int8_gemm", "int4_gemm", "bf16_gemm", "int16_gemm"),
+    *("quantize_pairs", "silu_mul", "weighted_add", "round_rows", "int4_quantize"),
     *("int8_peak", "int4_peak", "bf16_peak"),
-    *("softmax_step", "rescale_add", "dequantise_rows", "pair_rows", "transpose_pairs"),
+    *("softmax_step", "rescale_add", "dequantise_rows", "widen_rows"),
+    *("pair_rows", "transpose_pairs"),
     *("rms_norm", "add_rows", "router_logits"),
 }
 ISAS = {"portable", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}
@@ -91,9 +92,14 @@ def test_attention_runs_the_kernels_of_its_isa_and_no_others(kernels: Variant) -
     native = of.native(kernels.native, isa=kernels.isa)
     assert native.isa == kernels.isa
     request = latent_attention.random_request(of.sizes, [40], 20, cache="int8")
-    steps = {"softmax_step", "rescale_add", "dequantise_rows", "pair_rows", "transpose_pairs"}
-    everywhere = {"bf16_gemm", "round_rows", *steps}
-    forms: tuple[tuple[Form, set[str]], ...] = (("absorbed", {"weighted_add"}), ("expanded", set()))
+    everywhere = {"bf16_gemm", "round_rows", "softmax_step", "pair_rows", "transpose_pairs"}
+    floats = {"rescale_add", "dequantise_rows"}
+    tiled = best(kernels.native, "bf16_gemm", kernels.isa) == "amx_bf16"
+    latents = floats if tiled else {"widen_rows", "quantize_pairs", "int16_gemm"}
+    forms: tuple[tuple[Form, set[str]], ...] = (
+        ("absorbed", {"weighted_add"} | latents),
+        ("expanded", floats),
+    )
     for form, own in forms:
         before = kernels.native.kernel_runs()
         latent_attention.forward(native, request, form)
