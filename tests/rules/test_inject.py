@@ -947,7 +947,7 @@ def test_shipped_file_leaves_no_projection_to_torch(
     assert {item.name for item in result.replacements} == {*layers, "lm_head"}
     assert {at for at in linears if not any(at.startswith(f"{x}.") for x in layers)} == {"lm_head"}
     size = {} if weight == "int8" else {"group_size": 32 if model_name == "tiny" else 128}
-    chosen = {"weight": weight, **size, "threads": 2}
+    chosen = {"weight": weight, **size, "threads": 2, "cache_format": "int8"}
     for item in result.replacements:
         assert item.operator_class is not None
         assert item.operator_class.__name__ == (

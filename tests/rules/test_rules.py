@@ -279,7 +279,7 @@ def test_a_file_that_is_included_twice_is_read_once(write: Write) -> None:
 def test_a_shipped_file_is_found_by_name_from_anywhere(write: Write) -> None:
     assert "tiny-cpu-int8" in shipped_rules()
     rule = load_rules(write("include: tiny-cpu-int8"), overrides=["threads=2"])[0]
-    assert rule.where == "tiny-cpu-int8.yaml:6"
+    assert rule.where == "tiny-cpu-int8.yaml:8"
     assert rule.kwargs == {"weight": "int8", "threads": 2}
     operator = "ktransformers.operators.decoder_layer.CpuDecoderLayer"
     assert load_rules("tiny-cpu-int8.yaml")[0].class_path == operator
