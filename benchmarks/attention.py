@@ -25,7 +25,7 @@ import torch
 import typer
 
 from attention_reference import Form, MlaWeights, attention_reference
-from ktransformers import _native
+from ktransformers import _native, cache_rounding
 from limits import huge_pages
 from moe_layer import dequantised
 
@@ -34,6 +34,8 @@ CALL_SECONDS = 0.25  # of calls per round and case, at least one
 COLD_BYTES = 1 << 28  # of layers, and of caches, that calls walk through: more than a processor's
 PAGE_TOKENS = 64
 C, R, DN, DV = 512, 64, 128, 128  # of DeepSeek-V2, V2-Lite and V3
+CacheFormat = Literal["bf16", "int8"]
+Cached = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # latent, its scales, rope part
 HEADS = {"v2-lite": 16, "v3": 128}
 CROSSOVER = (32, 64, 96, 128, 160, 192, 256)
 
@@ -65,17 +67,20 @@ class Case:
             return 2 * heads * (pairs * (2 * C + R) + T * C * (DN + DV))
         return 2 * heads * (pairs * (DN + R + DV) + L * C * (DN + DV))
 
-    def cache_bytes(self) -> int:
-        """Count the bytes of cached latents in bf16."""
-        return self.length * (C + R) * 2
+    def cache_bytes(self, cache: CacheFormat) -> int:
+        """Count the bytes of what is cached; rope parts are in bf16."""
+        return self.length * (
+            (C * 2 if cache == "bf16" else C + C // cache_rounding.GROUP * 4) + R * 2
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The native layer, the tensors it reads, and copies of both."""
+    """The native layer, the tensors it reads, copies of both, and what its caches are in."""
 
     heads: int
     weight_format: str
+    cache: CacheFormat
     tensors: tuple[torch.Tensor, ...]
     native: _native.MlaAttention
     copies: list[_native.MlaAttention]
@@ -90,7 +95,9 @@ class Layer:
         return min(case.operations(self.heads, form) for form in forms)
 
 
-def random_layer(heads: int, weight_format: str, threads: int, isa: str | None) -> Layer:
+def random_layer(
+    heads: int, weight_format: str, cache: CacheFormat, threads: int, isa: str | None
+) -> Layer:
     """Pack normal weights, head by head."""
     scale_dtype = torch.bfloat16 if weight_format.startswith("int4") else torch.float32
 
@@ -120,32 +127,36 @@ def random_layer(heads: int, weight_format: str, threads: int, isa: str | None) 
     tensors = (*half(C, DN), *half(DV, C))
     count = COLD_BYTES // sum(tensor.nbytes for tensor in tensors)
     copies = [attention(tuple(tensor.clone() for tensor in tensors)) for _ in range(count)]
-    return Layer(heads, weight_format, tensors, attention(tensors), copies)
+    return Layer(heads, weight_format, cache, tensors, attention(tensors), copies)
 
 
-def random_caches(case: Case, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Draw latents and rope parts in pages."""
-    pages = -(-case.length // PAGE_TOKENS)
+def random_caches(case: Case, cache: CacheFormat, count: int) -> list[Cached]:
+    """Draw what is cached, in pages."""
+    shape = (-(-case.length // PAGE_TOKENS), PAGE_TOKENS)
 
-    def draw(width: int) -> torch.Tensor:
-        return torch.randn(pages, PAGE_TOKENS, width, dtype=torch.bfloat16)
+    def draw() -> Cached:
+        latent, rope = (torch.randn(*shape, width, dtype=torch.bfloat16) for width in (C, R))
+        if cache == "bf16":
+            return latent, None, rope
+        q, scale = cache_rounding.quantised(latent.flatten(0, 1), torch.int8)
+        return q.view(*shape, C), scale.view(*shape, -1), rope
 
-    return [(draw(C), draw(R)) for _ in range(count)]
+    return [draw() for _ in range(count)]
 
 
 def caller(layer: Layer, case: Case, form: Form | None) -> Callable[[int], torch.Tensor]:
     """Return what computes the case: with the next layer each time, and where it decodes cache."""
-    wanted = COLD_BYTES // case.cache_bytes() if case.tokens == 1 else 1
-    caches = random_caches(case, max(1, wanted))
+    wanted = COLD_BYTES // case.cache_bytes(layer.cache) if case.tokens == 1 else 1
+    caches = random_caches(case, layer.cache, max(1, wanted))
     table = torch.arange(caches[0][0].shape[0], dtype=torch.int32)[None]
     lengths = torch.tensor([case.length], dtype=torch.int32)
     q = torch.randn(1, case.tokens, layer.heads, DN + R, dtype=torch.bfloat16)
     out = torch.empty(1, case.tokens, layer.heads * DV, dtype=torch.bfloat16)
 
     def call(i: int) -> torch.Tensor:
-        latent, rope = caches[i % len(caches)]
+        latent, scale, rope = caches[i % len(caches)]
         native = layer.copies[i % len(layer.copies)]
-        native.forward(q, latent, None, rope, table, lengths, None, out, form=form)
+        native.forward(q, latent, scale, rope, table, lengths, None, out, form=form)
         return out
 
     return call
@@ -161,7 +172,7 @@ def check(layer: Layer) -> float:
         layer.weight_format,
     )
     case = Case(2, 70)
-    ((latent, rope),) = random_caches(case, 1)
+    ((latent, scale, rope),) = random_caches(case, layer.cache, 1)
     q = torch.randn(1, case.tokens, layer.heads, DN + R)
     out = torch.empty(1, case.tokens, layer.heads * DV)
     table = torch.arange(latent.shape[0], dtype=torch.int32)[None]
@@ -170,8 +181,10 @@ def check(layer: Layer) -> float:
     shares = []
     forms: tuple[Form, ...] = ("absorbed", "expanded")
     for form in forms:
-        layer.native.forward(q, latent, None, rope, table, lengths, None, out, form=form)
+        layer.native.forward(q, latent, scale, rope, table, lengths, None, out, form=form)
         cached, positions = (x.flatten(0, 1)[: case.length] for x in (latent, rope))
+        if scale is not None:
+            cached = cache_rounding.dequantised(cached, scale.flatten(0, 1)[: case.length])
         expected, bound = attention_reference(weights, q[0], cached, positions, seen, form)
         shares.append(float(((out.view(expected.shape) - expected).abs() / bound).max()))
     if not max(shares) <= 1:
@@ -223,7 +236,7 @@ def measure(
                 continue
             # Noise only ever lowers a limit.
             best = Limits(max(before.bandwidth, after.bandwidth), max(before.peak, after.peak))
-            read = case.cache_bytes() + layer.weight_bytes()
+            read = case.cache_bytes(layer.cache) + layer.weight_bytes()
             bound = max(read / best.bandwidth, layer.least_operations(case) / best.peak)
             times.append(seconds)
             shares.append(bound / seconds)
@@ -260,6 +273,7 @@ def crossover(layer: Layer, before: int, rounds: int) -> dict[str, float]:
 def main(
     model: Annotated[Literal["v2-lite", "v3"], typer.Option(help="Whose heads.")] = "v2-lite",
     weight: Annotated[str, typer.Option(help="int8, int4-32, int4-64, int4-128 or bf16.")] = "int8",
+    cache: Annotated[CacheFormat, typer.Option(help="What latents are cached in.")] = "bf16",
     threads: Annotated[int | None, typer.Option(help="Default: all this process may use.")] = None,
     decode: Annotated[str, typer.Option(help="Contexts to decode at.")] = "128,1024,8192",
     prefill: Annotated[str, typer.Option(help="Contexts before 512 new tokens.")] = "0,4096,8192",
@@ -272,12 +286,14 @@ def main(
     """Measure latent attention; the last line is one JSON object."""
     threads = threads or _native.default_threads()
     torch.manual_seed(0)
-    layer = random_layer(HEADS[model], weight, threads, isa)
-    print(f"{model}, {layer.heads} heads, {weight}: {threads} threads, {layer.native.isa}")
+    layer = random_layer(HEADS[model], weight, cache, threads, isa)
+    print(f"{model}, {layer.heads} heads, {weight}, cache in {cache}")
+    print(f"{threads} threads, {layer.native.isa}")
     print(f"result checked: {check(layer):.2f} of the error bound")
     report: dict[str, float | str | int] = {
         "model": model,
         "weight": weight,
+        "cache": cache,
         "isa": layer.native.isa,
         "threads": threads,
     }
