@@ -9,6 +9,7 @@ too. What this is not for, such as beams, `generate` does in its own way.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -121,7 +124,7 @@ def decode(
     request: Request,
     cache: LatentCache,
     logits: torch.Tensor,
-    on_token: Callable[[torch.Tensor], None],
+    on_token: Callable[[int], None],
     check: Callable[[], object] | None = None,
     *,
     graph: bool | None = None,
@@ -134,7 +137,7 @@ def decode(
         cache: holds the prompt, and is filled with the answer but for the last token, which nobody
             reads.
         logits: of the prompt's last position, [1, V], from `prefill`.
-        on_token: is told of each new token, [1].
+        on_token: is told of each new token.
         check: is called before each layer, or before each token that is one graph; what it raises
             ends the answer.
         graph: whether each token is to be one graph; without it where a model on GPUs is fit for
@@ -142,24 +145,52 @@ def decode(
 
     Raises ValueError where a graph is wanted and the model is not fit for one.
     """
-    config, (_, length) = request.generation_config, request.input_ids.shape
+    config, processors = request.generation_config, request.logits_processor
+    last_tokens, most, criteria = _ends(request.stopping_criteria)
+    length = request.input_ids.shape[1]
     ids = torch.empty(1, config.max_length, dtype=torch.long, device=logits.device)
     ids[:, :length] = request.input_ids
     next_logits = _next_logits(model, cache, check, graph)
     while True:
         scores = logits.float()
-        for processor in request.logits_processor:
+        for processor in processors:
             scores = processor(ids[:, :length], scores)
         if config.do_sample:
             token = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
         else:
             token = scores.argmax(dim=-1, keepdim=True)
-        ids[:, length] = token[:, 0]
+        if processors or criteria:  # nobody else reads them
+            ids[:, length] = token[:, 0]
         length += 1
-        on_token(token[:, 0])
-        if request.stopping_criteria(ids[:, :length], None):
+        token_id = int(token)
+        on_token(token_id)
+        stopped = criteria and criteria(ids[:, :length], None)
+        if stopped or token_id in last_tokens or length >= most:
             return
         logits = next_logits(token)
+
+
+def _ends(criteria: StoppingCriteriaList) -> tuple[set[int], int, StoppingCriteriaList]:
+    """Return the tokens that end an answer, the length that does, and all other criteria.
+
+    Those that nearly every request has come to numbers here, since torch's calls for them take as
+    long as all of the loop besides.
+    """
+    tokens, most, others = set[int](), sys.maxsize, StoppingCriteriaList()
+    for each in criteria:
+        if type(each) is EosTokenCriteria:
+            tokens.update(each.eos_token_id.flatten().tolist())
+        elif type(each) is MaxLengthCriteria and not _reminds(each):
+            most = min(most, each.max_length)
+        else:
+            others.append(each)
+    return tokens, most, others
+
+
+def _reminds(criterion: MaxLengthCriteria) -> bool:
+    """Return whether it may log that an answer gets longer than the model was made for."""
+    made_for = criterion.max_position_embeddings
+    return made_for is not None and criterion.max_length > made_for
 
 
 def _next_logits(

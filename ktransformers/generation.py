@@ -69,23 +69,23 @@ class TimingStreamer(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, then new tokens: one a call, or of an assistant some."""
-        now = time.perf_counter()
-        if not self._has_prompt:
-            self._has_prompt = True
-            self._prompt_at = self._prompt_at or now
-            self.timing.prompt_tokens = value.numel()
+        if self._has_prompt:
+            for token_id in value.flatten().tolist():
+                self.put_token(token_id)
             return
+        self._has_prompt = True
+        self._prompt_at = self._prompt_at or time.perf_counter()
+        self.timing.prompt_tokens = value.numel()
+
+    def put_token(self, token_id: int) -> None:
+        """Take a new token."""
+        now = time.perf_counter()
         assert self._prompt_at is not None
         if self.timing.new_tokens == 0:
             self._first_at = now
             self.timing.prefill_s = now - self._prompt_at
-        self.timing.new_tokens += value.numel()
+        self.timing.new_tokens += 1
         self.timing.decode_s = now - self._first_at
-        for token_id in value.flatten().tolist():
-            self.on_token(token_id)
-
-    def on_token(self, token_id: int) -> None:
-        """Do something with a new token; here, nothing."""
 
     def end(self) -> None:
         """Do nothing: whoever called `generate` sees it return."""
@@ -202,7 +202,7 @@ def _generate(
                 new = input_ids[:, cache.get_seq_length() :]
                 logits = prefill(model, new, cache, chunk_size=chunk_size)
             check = _raises_once(stop)
-            decode(model, request, cache, logits, streamer.put, check, graph=graph)
+            decode(model, request, cache, logits, streamer.put_token, check, graph=graph)
             return
     if graph:
         raise ValueError("tokens are one graph in our own loop, which this request is not for")
@@ -263,10 +263,13 @@ class _TokenQueue(TimingStreamer):
         self.queue: SimpleQueue[int | _End] = SimpleQueue()
 
     def put(self, value: torch.Tensor) -> None:
-        self.seen += value.flatten().tolist()
+        if not self._has_prompt:
+            self.seen = value.flatten().tolist()
         super().put(value)
 
-    def on_token(self, token_id: int) -> None:
+    def put_token(self, token_id: int) -> None:
+        super().put_token(token_id)
+        self.seen.append(token_id)
         self.queue.put(token_id)
 
     def token_ids(self) -> Iterator[int]:

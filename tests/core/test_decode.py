@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LlamaConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
     PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
@@ -18,7 +22,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ktransformers import optimize_and_load
 from ktransformers.cache import LatentCache
-from ktransformers.decode import Request, decode, plain_request
+from ktransformers.decode import Request, _ends, decode, plain_request
 from ktransformers.prefill import prefill
 from ktransformers.report import count_experts
 from ktransformers.stack import BLOCK, DecoderStack
@@ -85,7 +89,7 @@ def tokens_of_ours(model: PreTrainedModel, input_ids: torch.Tensor, **options: A
     assert request is not None
     tokens: list[int] = []
     logits = prefill(model, input_ids, cache, chunk_size=chunk_size)
-    decode(model, request, cache, logits, lambda token: tokens.append(int(token)))
+    decode(model, request, cache, logits, tokens.append)
     assert cache.get_seq_length() == input_ids.shape[1] + len(tokens) - 1
     return tokens
 
@@ -167,6 +171,41 @@ def test_arguments_of_generate_are_heard(config: PreTrainedConfig) -> None:
     )
     assert len(tokens) == 10
     assert max(tokens) < 50
+
+
+def test_criteria_of_the_caller_see_each_token_up_to_the_last_one() -> None:
+    model = random_model(v3_config())
+    options = {"do_sample": True, "top_k": 0, "eos_token_id": list(range(4, 12))}
+
+    def seen_by(tokens_of: Callable[..., list[int]]) -> list[list[int]]:
+        seen: list[list[int]] = []
+
+        def watch(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            seen.append(input_ids[0].tolist())
+            return torch.tensor([False])
+
+        torch.manual_seed(1)
+        criteria = StoppingCriteriaList([watch])
+        tokens = tokens_of(model, IDS, max_new_tokens=30, stopping_criteria=criteria, **options)
+        assert seen[-1] == IDS[0].tolist() + tokens
+        return seen
+
+    found = seen_by(tokens_of_ours)
+    assert found == seen_by(tokens_of_generate)
+    assert 1 < len(found) < 30
+
+
+def test_what_ends_an_answer_comes_to_numbers_but_for_what_has_more_to_say() -> None:
+    reminds = MaxLengthCriteria(12, max_position_embeddings=11)
+    other = MaxTimeCriteria(60.0)
+    known = [
+        EosTokenCriteria(3),
+        EosTokenCriteria([5, 7]),
+        MaxLengthCriteria(20),
+        MaxLengthCriteria(15, max_position_embeddings=15),
+    ]
+    criteria = StoppingCriteriaList([*known, reminds, other])
+    assert _ends(criteria) == ({3, 5, 7}, 15, [reminds, other])
 
 
 def test_angles_of_a_block_are_those_of_each_position(config: PreTrainedConfig) -> None:
@@ -262,7 +301,7 @@ def test_a_check_is_made_before_each_layer_and_may_end_the_answer(rules: str) ->
 
     tokens: list[int] = []
     with pytest.raises(InterruptedError):
-        decode(model, request, cache, logits, lambda token: tokens.append(int(token)), check)
+        decode(model, request, cache, logits, tokens.append, check)
     assert len(tokens) == 3
     assert cache.completed() == 30 + 2
     cache.cut(30 + 2)
@@ -338,7 +377,7 @@ def test_the_next_turn_goes_on_after_what_an_answer_has_cached(rules: str) -> No
     assert request is not None
     tokens: list[int] = []
     logits = prefill(model, IDS, cache)
-    decode(model, request, cache, logits, lambda token: tokens.append(int(token)))
+    decode(model, request, cache, logits, tokens.append)
     cache.note_tokens(torch.cat([IDS, torch.tensor([tokens])], dim=1))
     for kept in (89, 70, 64, 10):
         more = torch.cat([cache.token_ids[:, :kept], torch.tensor([[7, 8, 9]])], dim=1)

@@ -68,8 +68,8 @@ def answer(
     assert request is not None
     found: list[int] = []
 
-    def take(token: torch.Tensor) -> None:
-        found.append(int(token))
+    def take(token: int) -> None:
+        found.append(token)
         on_token()
 
     logits = prefill(model, ids[:, cache.get_seq_length() :], cache)
