@@ -24,6 +24,7 @@
 #include "module_mla.h"
 #include "module_numa.h"
 #include "module_pack.h"
+#include "module_token.h"
 #include "released_gil.h"
 #include "tensor_view.h"
 #include "thread_pool.h"
@@ -298,6 +299,7 @@ NB_MODULE(_native, m) {
   bind_attention_steps(m);
   bind_mla(m);
   bind_decoder(m);
+  bind_token(m);
   bind_pack_experts(m);
   bind_engine(m);
   park_threads_at_exit();  // after bind_engine: exit handlers run in reverse

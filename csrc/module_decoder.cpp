@@ -4,13 +4,10 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <optional>
 #include <string>
-#include <tuple>
-#include <utility>
 #include <vector>
 
 #include "binding.h"
@@ -45,9 +42,9 @@ void expect(const char* name, int64_t found, int64_t expected) {
 // The angles of so many tokens of `sequences` sequences.
 rotary_angles angles_of(nb::handle cos, nb::handle sin, int64_t tokens, int64_t rope,
                         int64_t* sequences) {
-  if (sin.is_none()) {  // pairs of cosine and sine
+  if (sin.is_none()) {  // pairs of cosine and sine, as real and imaginary part
     const tensor_view both =
-        view_tensor(cos, "cos", {element::fp32}, {any_size, tokens, rope / 2, 2}, access::read);
+        view_tensor(cos, "cos", {element::complex64}, {any_size, tokens, rope / 2}, access::read);
     *sequences = both.shape[0];
     return {both.data, data<float>(both) + 1, float_type::fp32, 2, rope};
   }
@@ -182,6 +179,16 @@ class decoder_layer {
     compute(input, decoder_part::finish);
   }
 
+  decoder_rows rows() const { return {weights_.hidden_size, type_, &kernels_}; }
+
+  void decode(int64_t batch, const void* x, void* out, nb::handle cos, nb::handle sin,
+              const cache_arguments& cached) const {
+    decoder_input input = input_of(batch, 1, x, cached);
+    view_angles(cos, sin, &input);
+    input.out = out;
+    compute(input, decoder_part::all);
+  }
+
   static int traverse(PyObject* self, visitproc visit, void* arg);
   static int clear(PyObject* self);
 
@@ -205,11 +212,16 @@ class decoder_layer {
   decoder_input view_input(nb::handle hidden_states, const cache_arguments& cached) const {
     const tensor_view x = view_tensor(hidden_states, "hidden_states", {type_},
                                       {any_size, any_size, weights_.hidden_size}, access::read);
+    return input_of(x.shape[0], x.shape[1], x.data, cached);
+  }
+
+  decoder_input input_of(int64_t batch, int64_t tokens, const void* x,
+                         const cache_arguments& cached) const {
     decoder_input input{};
-    input.batch = x.shape[0];
-    input.tokens = x.shape[1];
-    input.x = x.data;
-    input.cache = view_cache(*weights_.attention, input.batch, input.tokens, cached);
+    input.batch = batch;
+    input.tokens = tokens;
+    input.x = x;
+    input.cache = view_cache(*weights_.attention, batch, tokens, cached);
     return input;
   }
 
@@ -282,32 +294,6 @@ int decoder_layer::clear(PyObject* self) {
 PyType_Slot decoder_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(decoder_layer::traverse)},
                                {Py_tp_clear, reinterpret_cast<void*>(decoder_layer::clear)},
                                {0, nullptr}};
-
-// Layers one after the other; their outputs take turns in two tensors. Returns the last one's.
-nb::object bind_forward_layers(const nb::list& layers, nb::object hidden_states, nb::handle cos,
-                               nb::handle sin, const nb::list& caches, nb::handle block_table,
-                               nb::handle lengths, nb::object out, nb::object other_out,
-                               nb::handle check) {
-  if (caches.size() != layers.size()) {
-    value_error("caches: " + std::to_string(caches.size()) + ", expected one for each of " +
-                std::to_string(layers.size()) + " layers");
-  }
-  for (size_t i = 0; i < layers.size(); ++i) {
-    if (!check.is_none()) check();
-    const decoder_layer* layer = nullptr;
-    std::tuple<nb::object, nb::object, nb::object> arrays;
-    if (!nb::try_cast(layers[i], layer) || !layer || !nb::try_cast(caches[i], arrays)) {
-      value_error("layer " + std::to_string(i) +
-                  ": expected a DecoderLayer, and latent, scale and rope of its cache");
-    }
-    const auto& [latent, scale, rope] = arrays;
-    layer->forward(hidden_states, cos, sin, latent, scale, rope, block_table, lengths, nb::none(),
-                   out, nb::none(), false);
-    hidden_states = out;
-    std::swap(out, other_out);
-  }
-  return hidden_states;
-}
 
 void bind_rms_norm(nb::handle x, nb::handle weight, double eps, nb::handle out,
                    const optional_isa& wanted) {
@@ -385,7 +371,22 @@ void bind_choose_experts(nb::handle logits, nb::handle bias, nb::handle index, n
   }
 }
 
+const decoder_layer& layer_of(nb::handle object, const char* name) {
+  const decoder_layer* found = nullptr;
+  if (nb::try_cast(object, found) && found) return *found;
+  throw nb::type_error((std::string(name) + ": expected a DecoderLayer").c_str());
+}
+
 }  // namespace
+
+decoder_rows decoder_rows_of(nb::handle object, const char* name) {
+  return layer_of(object, name).rows();
+}
+
+void decode_rows(nb::handle layer, int64_t batch, const void* x, void* out, nb::handle cos,
+                 nb::handle sin, const cache_arguments& cached) {
+  layer_of(layer, "layer").decode(batch, x, out, cos, sin, cached);
+}
 
 void bind_decoder(nb::module_& m) {
   m.def("rms_norm", &bind_rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a, nb::kw_only(),
@@ -417,9 +418,6 @@ void bind_decoder(nb::module_& m) {
       .def("finish", &decoder_layer::finish, "hidden_states"_a, "q"_a, "latent"_a, "rope"_a,
            "block_table"_a, "lengths"_a, "valid"_a.none(), "out"_a, "chosen"_a.none() = nb::none(),
            "last_only"_a = false);
-  m.def("forward_layers", &bind_forward_layers, "layers"_a, "hidden_states"_a, "cos"_a,
-        "sin"_a.none(), "caches"_a, "block_table"_a, "lengths"_a, "out"_a, "other_out"_a,
-        "check"_a.none() = nb::none());
 }
 
 }  // namespace kt

@@ -283,7 +283,10 @@ class linear : public packed_layer {
         view_tensor(x, "x", {element::bf16, element::fp32}, {any_size, weights_.in_features});
     const int64_t rows = xv.shape[0];
     const tensor_view y = view_tensor(out, "out", {xv.type}, {rows, weights_.out_features});
-    const linear_input input{xv.data, y.data, as_float_type(xv.type)};
+    compute({xv.data, y.data, as_float_type(xv.type)}, rows);
+  }
+
+  void compute(const linear_input& input, int64_t rows) const {
     in_chunks(rows, chunk_tokens(), [&](int64_t begin, int64_t count) {
       linear_forward(kernels(), weights_, input, begin, count, threads());
     });
@@ -336,6 +339,10 @@ const linear_weights& linear_weights_of(nb::handle object, const char* name) {
 
 const experts_weights& experts_weights_of(nb::handle object, const char* name) {
   return layer_in<experts>(object, name, "Experts").weights();
+}
+
+void linear_rows(nb::handle layer, const linear_input& input, int64_t rows) {
+  layer_in<linear>(layer, "layer", "a Linear").compute(input, rows);
 }
 
 bool is_experts(nb::handle object) { return nb::isinstance<experts>(object); }

@@ -17,6 +17,9 @@ void bind_layers(nanobind::module_& m);
 const linear_weights& linear_weights_of(nanobind::handle object, const char* name);
 const experts_weights& experts_weights_of(nanobind::handle object, const char* name);
 
+// Computes so many rows with the class Linear, as its forward does.
+void linear_rows(nanobind::handle layer, const linear_input& input, int64_t rows);
+
 // A call of the class Experts, checked but for its indices; layer and tensors must outlive it.
 struct experts_call {
   const void* layer;

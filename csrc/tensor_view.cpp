@@ -27,8 +27,9 @@ struct exchange_api {
 constexpr int32_t device_cpu = 1;
 constexpr int32_t device_cuda_host = 3;  // pinned memory
 
-constexpr const char* element_names[] = {"bfloat16", "float16", "float32", "int8",        "uint8",
-                                         "int16",    "int32",   "int64",   "another type"};
+constexpr const char* element_names[] = {"bfloat16",  "float16",     "float32", "int8",
+                                         "uint8",     "int16",       "int32",   "int64",
+                                         "complex64", "another type"};
 
 element element_of(nb::dlpack::dtype type) {
   using nb::dlpack::dtype_code;
@@ -38,10 +39,11 @@ element element_of(nb::dlpack::dtype type) {
     element type;
   };
   constexpr known all[] = {
-      {dtype_code::Bfloat, 16, element::bf16}, {dtype_code::Float, 16, element::fp16},
-      {dtype_code::Float, 32, element::fp32},  {dtype_code::Int, 8, element::int8},
-      {dtype_code::UInt, 8, element::uint8},   {dtype_code::Int, 16, element::int16},
-      {dtype_code::Int, 32, element::int32},   {dtype_code::Int, 64, element::int64},
+      {dtype_code::Bfloat, 16, element::bf16},       {dtype_code::Float, 16, element::fp16},
+      {dtype_code::Float, 32, element::fp32},        {dtype_code::Int, 8, element::int8},
+      {dtype_code::UInt, 8, element::uint8},         {dtype_code::Int, 16, element::int16},
+      {dtype_code::Int, 32, element::int32},         {dtype_code::Int, 64, element::int64},
+      {dtype_code::Complex, 64, element::complex64},
   };
   for (const known& one : all) {
     if (type == nb::dlpack::dtype{static_cast<uint8_t>(one.code), one.bits, 1}) return one.type;

@@ -11,7 +11,18 @@
 
 namespace kt {
 
-enum class element : uint8_t { bf16, fp16, fp32, int8, uint8, int16, int32, int64, other };
+enum class element : uint8_t {
+  bf16,
+  fp16,
+  fp32,
+  int8,
+  uint8,
+  int16,
+  int32,
+  int64,
+  complex64,
+  other
+};
 
 constexpr int64_t any_size = -1;
 

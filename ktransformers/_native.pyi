@@ -605,7 +605,7 @@ class DecoderLayer:
         """Compute `out` of `hidden_states`, both `[B, T, D]`, and cache the T new tokens.
 
         `cos` and `sin` `[B or 1, T, R]`, bf16 or fp32, whose halves are equal; or without `sin`
-        `cos` fp32 `[B or 1, T, R / 2, 2]`, pairs of both. The cache as `MlaAttention.forward`
+        `cos` complex64 `[B or 1, T, R / 2]`, `cos + i sin`. The cache as `MlaAttention.forward`
         takes it: the new tokens are the last of `lengths` and are written there. `chosen` int32
         `[B * T, top_k]` gets the experts of each token. With `last_only` all is cached, but what
         comes after is computed for each sequence's last token alone, and `chosen` is
@@ -641,21 +641,25 @@ class DecoderLayer:
     ) -> None:
         """Do what comes after the cache, with the queries of `project`; else as `forward`."""
 
-def forward_layers(
+def decode_token(
     layers: list[DecoderLayer],
-    hidden_states: Tensor,
+    embedding: Tensor,
+    norm: Tensor,
+    eps: float,
+    head: Linear | None,
+    token_ids: Tensor,
     cos: Tensor,
     sin: Tensor | None,
     caches: list[tuple[Tensor, Tensor | None, Tensor]],
     block_table: Tensor,
     lengths: Tensor,
     out: Tensor,
-    other_out: Tensor,
     check: Callable[[], object] | None = None,
-) -> Tensor:
-    """Compute decoder layers one after the other, each as its `forward` does.
+) -> None:
+    """Compute `out` `[B, out_features]` of a new token of each sequence, `token_ids` `[B, 1]`.
 
-    `caches` has latent, latent_scale and rope of each. Outputs alternate between `out` and
-    `other_out`; the one with the last layer's is returned. `check` is called before each layer;
+    That is the row of `embedding` `[V, D]`, all layers, each as its `forward` does, RMSNorm with
+    `norm` `[D]` and `head`; without a head the norm's `[B, D]`. All are of the layers' dtype.
+    `caches` has latent, latent_scale and rope of each layer. `check` is called before each layer;
     what it raises ends the call.
     """

@@ -67,20 +67,30 @@ class Checkpoint(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class ChainEnds:
+    """What stands before and after decoder layers, all of one dtype, on the CPU."""
+
+    embedding: torch.Tensor  # [vocab_size, hidden_size]
+    norm: torch.Tensor  # [hidden_size], of an RMSNorm
+    eps: float
+    head: Any  # a `_native.Linear`; None: it is left to the caller
+
+
 class Chain(Protocol):
-    """What decodes a token of each sequence with all decoder layers of a model."""
+    """What decodes a token of each sequence with all of a model in one go."""
 
     def __call__(
         self,
-        hidden_states: torch.Tensor,
+        token_ids: torch.Tensor,
         position_embeddings: Any,
         cache: Any,
         check: Callable[[], object] | None,
     ) -> torch.Tensor:
-        """Return the last layer's output, [B, 1, hidden_size].
+        """Return the logits, [B, vocab_size]; without a head what it takes, [B, hidden_size].
 
         Args:
-            hidden_states: [B, 1, hidden_size]; the first layer's input.
+            token_ids: [B, 1].
             position_embeddings: of the model's rotary embedding.
             cache: a `LatentCache`, which all layers have filled alike, without padding.
             check: is called before each layer; what it raises ends the call.
@@ -166,14 +176,22 @@ class Operator(nn.Module):
         return "is not made for graphs"
 
     @classmethod
-    def chained(cls, layers: Sequence[Any]) -> Chain | None:
-        """Return a function that does the work of decoder layers of this class in fewer calls.
+    def chained(cls, layers: Sequence[Any], ends: ChainEnds) -> Chain | None:
+        """Return a function that does the work of a model with layers of this class in one call.
 
         Args:
-            layers: all of a model's, in order, none of them hooked or its `forward` replaced.
+            layers: all of the model's, in order, none of them hooked or its `forward` replaced.
+            ends: of the same model.
 
         None, as here, where each has to be called, if only because its routing is watched. Asked
         once an answer: hooks attached while one streams are not seen before the next.
+        """
+        return None
+
+    def native_linear(self) -> Any:
+        """Return the `_native.Linear` that does all that `forward` does; None, as here: none does.
+
+        For the head of a model whose layers are `chained`.
         """
         return None
 

@@ -171,18 +171,26 @@ class LatentCache(Cache):
         """Count the tokens that a layer had room for and has written; below 0 take that back."""
         self.layers[layer_idx].length += T
 
+    def wrote_in_all(self, T: int) -> None:
+        """Do for all layers what `wrote` does for one."""
+        for layer in self.layers:
+            layer.length += T
+
     def make_room_in_all(self, B: int, T: int) -> tuple[list[LayerTensors], LatentPages]:
         """Do for all layers, which hold the same tokens, what `make_room` does for one.
 
-        Returns the tensors of each, and the first one's pages. What `wrote` says of each layer is
-        for the caller to say.
+        Returns the tensors of each, and the first one's pages. They count as cached once
+        `wrote_in_all` says so.
         """
         _, C, R = self._sizes
         first = self.make_room(0, B, T, C, R, in_rows=None)
+        length, pages = self.layers[0].length, self.layers[0].reserved
+        device = first.latent.device
         for layer in self.layers:
-            assert layer.length == self.layers[0].length
-            layer.reserve()
-            if layer.device != first.latent.device:
+            assert layer.length == length
+            if layer.reserved < pages:
+                layer.reserve()
+            if layer.latent.device != device:
                 layer.pages(new=T)
         return [(layer.latent, layer.scale, layer.rope) for layer in self.layers], first
 

@@ -23,11 +23,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
-from ktransformers import _native
-from ktransformers.base import Chain, Operator
+from ktransformers.base import Chain, ChainEnds, Operator
 from ktransformers.cache import LatentCache
 from ktransformers.last_position import FULL_OUTPUTS, last_position_of, last_position_only
-from ktransformers.streams import recorded_graph
 
 KNOWN = (  # forwards of a causal language model and of its base, which `DecoderStack` does alike
     (v2.DeepseekV2ForCausalLM.forward, v2.DeepseekV2Model.forward),
@@ -80,8 +78,9 @@ class DecoderStack:
         self.head: nn.Module = model.lm_head
         self.needs_mask = not all(_is_causal(layer) for layer in self.layers)
         self.has_fixed_angles = base.rotary_emb.rope_type in FIXED_ROPE
-        self.chain = _chain_of(self.layers)
-        self._angles: tuple[int, Any] | None = None  # from a position on
+        self._ends = self._chain_ends()
+        self.chain = None if self._ends is None else _chain_of(self.layers, self._ends)
+        self._angles: tuple[int, list[Any]] | None = None  # from a position on
 
     @staticmethod
     def fits(model: PreTrainedModel) -> bool:
@@ -102,12 +101,15 @@ class DecoderStack:
     ) -> torch.Tensor:
         """See `LastLogits`."""
         T, past = token_ids.shape[1], cache.get_seq_length()
+        is_next = T == 1 and attention_mask is None and position_ids is None
+        if is_next and self.chain is not None and self._ends is not None:
+            angles = self._next_angles(self._ends.embedding, past)
+            out = self.chain(token_ids, angles, cache, self.check)
+            return out if self._ends.head is not None else self._logits(out[:, None])
         x = self.embedding(token_ids)
         mask: Any = attention_mask
-        if T == 1 and mask is None and position_ids is None:
+        if is_next:
             angles = self._next_angles(x, past)
-            if self.chain is not None:
-                return self._logits(self.chain(x, angles, cache, self.check))
         else:
             if position_ids is None:
                 position_ids = torch.arange(past, past + T, device=x.device)[None]
@@ -126,47 +128,52 @@ class DecoderStack:
                     use_cache=True,
                     position_embeddings=angles,
                 )
-        return self._logits(x[:, -1:])
+        return self._logits(self.norm(x[:, -1:]))
 
     def logits_device(self) -> torch.device:
         """Return where logits come from; an operator brings them back to where its input was."""
         head = self.norm if isinstance(self.head, Operator) else self.head
         return next((tensor.device for tensor in head.parameters()), torch.device("cpu"))
 
-    def _logits(self, last: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(self._normed(last))[:, -1]
+    def _logits(self, normed: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(normed)[:, -1]
         return logits
 
-    def _normed(self, last: torch.Tensor) -> torch.Tensor:
-        """Return what the norm returns; in one native call, since torch's six take 0.3 ms."""
+    def _chain_ends(self) -> ChainEnds | None:
+        """Return what stands around the layers; None where that is not what a chain can do."""
+        embedding, head = self.embedding, self.head
         norm: Any = self.norm
-        if (
-            type(norm) not in NORMS  # an operator of somebody's, say
-            or _is_changed(norm)
-            or norm.weight.dtype != last.dtype
-            or last.dtype not in (torch.bfloat16, torch.float32)
-            or last.device.type != "cpu"
-            or recorded_graph() is not None  # of torch's operations
-        ):
-            normed: torch.Tensor = norm(last)
-            return normed
-        rows = last.reshape(-1, last.shape[-1]).contiguous()
-        out = torch.empty_like(rows)
-        _native.rms_norm(rows, norm.weight.detach(), norm.variance_epsilon, out)
-        return out.view(last.shape)
+        if type(embedding) is not nn.Embedding or type(norm) not in NORMS:
+            return None
+        tensors = embedding.weight.detach(), norm.weight.detach()
+        if any(tensor.device.type != "cpu" for tensor in tensors):
+            return None
+        if tensors[0].dtype != tensors[1].dtype or _is_changed(embedding) or _is_changed(norm):
+            return None
+        linear = None
+        if isinstance(head, Operator) and not _is_changed(head):
+            linear = head.native_linear()
+        return ChainEnds(*tensors, norm.variance_epsilon, linear)
 
     def _next_angles(self, x: torch.Tensor, past: int) -> Any:
-        """Return the angles of the next position, out of those of some together."""
+        """Return the angles of the next position, out of those of some together.
+
+        Of `x` dtype and device count.
+        """
         if not self.has_fixed_angles:
             return self.rotary(x, torch.tensor([[past]], device=x.device))
         first = past // BLOCK * BLOCK
         if self._angles is None or self._angles[0] != first:
             position_ids = torch.arange(first, first + BLOCK, device=x.device)[None]
-            self._angles = first, self.rotary(x, position_ids)
-        at, angles = past - first, self._angles[1]
-        if isinstance(angles, torch.Tensor):  # complex, of V2
-            return angles[:, at : at + 1]
-        return tuple(part[:, at : at + 1] for part in angles)  # cosines and sines
+            self._angles = first, _of_each(self.rotary(x, position_ids))
+        return self._angles[1][past - first]
+
+
+def _of_each(angles: Any) -> list[Any]:
+    """Return the angles of each position, out of those of some."""
+    if isinstance(angles, torch.Tensor):  # complex, of V2
+        return list(angles.split(1, dim=1))
+    return list(zip(*(part.split(1, dim=1) for part in angles), strict=True))  # cosines and sines
 
 
 def _is_changed(module: nn.Module) -> bool:
@@ -174,13 +181,13 @@ def _is_changed(module: nn.Module) -> bool:
     return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
-def _chain_of(layers: Sequence[nn.Module]) -> Chain | None:
+def _chain_of(layers: Sequence[nn.Module], ends: ChainEnds) -> Chain | None:
     first = layers[0]
     if not isinstance(first, Operator) or any(
         type(layer) is not type(first) or _is_changed(layer) for layer in layers
     ):
         return None
-    return first.chained(layers)
+    return first.chained(layers, ends)
 
 
 def _is_causal(layer: nn.Module) -> bool:

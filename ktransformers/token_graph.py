@@ -157,7 +157,7 @@ class TokenGraph:
             self._graph = DecodeGraph(step, self._device, self._others)
             self._recorded_on = [weakref.ref(each) for each in memory if each is not None]
         logits = self._graph(token_ids)
-        _count(cache, 1)
+        cache.wrote_in_all(1)
         return logits
 
 
@@ -174,10 +174,5 @@ def _token(
     """Compute the token after those that are counted, however often it is done."""
     position_ids = (lengths[:, None].long() - 1).to(token_ids.device)
     logits = stack.last_logits(token_ids, cache, position_ids=position_ids)
-    _count(cache, -1)
+    cache.wrote_in_all(-1)
     return logits
-
-
-def _count(cache: LatentCache, tokens: int) -> None:
-    for layer in range(len(cache.layers)):
-        cache.wrote(layer, tokens)

@@ -27,7 +27,7 @@ from typing_extensions import Self
 
 from ktransformers import _native
 from ktransformers.attention_mask import valid_keys
-from ktransformers.base import Chain, Checkpoint, Footprint, Site
+from ktransformers.base import Chain, ChainEnds, Checkpoint, Footprint, Site
 from ktransformers.cache import LatentCache, LatentPages
 from ktransformers.cpu_options import (
     check_cache_format,
@@ -223,30 +223,33 @@ class CpuDecoderLayer(PlacedOperator):
         self._record = record if self.num_experts else None
 
     @classmethod
-    def chained(cls, layers: Sequence[Any]) -> Chain | None:
-        """Return one native call for all layers."""
+    def chained(cls, layers: Sequence[Any], ends: ChainEnds) -> Chain | None:
+        """Return one native call for all layers and what stands around them."""
         if cls not in (CpuDecoderLayerV2, CpuDecoderLayerV3):  # another may have its own forward
             return None
         natives = [layer._layer for layer in layers]
         if None in natives or any(layer._record for layer in layers):
             return None
         first: CpuDecoderLayer = layers[0]
+        dtype = first.site.dtype
+        if ends.embedding.dtype != dtype:  # somebody has converted it
+            return None
+        weights = natives, ends.embedding, ends.norm, ends.eps, ends.head
+        width = ends.embedding.shape[1] if ends.head is None else ends.head.out_features
 
         def chain(
-            hidden_states: torch.Tensor,
+            token_ids: torch.Tensor,
             position_embeddings: Any,
             cache: LatentCache,
             check: Callable[[], object] | None,
         ) -> torch.Tensor:
-            first.check_no_gradient(hidden_states)
-            x = hidden_states.contiguous()
-            caches, pages = cache.make_room_in_all(x.shape[0], 1)
+            ids = token_ids.long().contiguous()
+            caches, pages = cache.make_room_in_all(len(ids), 1)
             table, lengths = pages.block_table, pages.lengths
             cos, sin = first.angles(position_embeddings)
-            outs = torch.empty_like(x), torch.empty_like(x)
-            out = _native.forward_layers(natives, x, cos, sin, caches, table, lengths, *outs, check)
-            for index in range(len(natives)):
-                cache.wrote(index, 1)
+            out = torch.empty(len(ids), width, dtype=dtype)
+            _native.decode_token(*weights, ids, cos, sin, caches, table, lengths, out, check)
+            cache.wrote_in_all(1)
             return out
 
         return chain
@@ -333,8 +336,8 @@ class CpuDecoderLayerV2(CpuDecoderLayer, v2.DeepseekV2DecoderLayer):
     """With DeepSeek-V2's rotation, by complex numbers, and its router."""
 
     def angles(self, position_embeddings: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return [B, T, R / 2, 2]: a cosine and a sine for each pair."""
-        return torch.view_as_real(position_embeddings), None
+        """Return [B, T, R / 2]: the cosine and the sine of each pair, as a complex number."""
+        return position_embeddings, None
 
     def rotary(self) -> str:
         """Say that neighbours are turned, and stay."""

@@ -150,6 +150,10 @@ class CpuLinear(PlacedOperator):
             nodes=self.placement.nodes,
         )
 
+    def native_linear(self) -> _native.Linear | None:
+        """Return the native layer, once weights are loaded."""
+        return self._layer if type(self) is CpuLinear else None  # a subclass may do more
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear names it
         """Return the projection, `[*, N]`, of `[*, K]` bf16 or fp32, in the same dtype.

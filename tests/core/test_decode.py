@@ -42,12 +42,17 @@ EXPERTS = {
     "replace": {"class": f"{OPERATORS}.experts.CpuExperts", "kwargs": {"threads": 1}},
 }
 FIRST_ATTENTION = {**ATTENTION, "match": {"name": r"layers\.0\.self_attn$"}}
+HEAD = {
+    "match": {"name": "^lm_head$"},
+    "replace": {"class": f"{OPERATORS}.linear.CpuLinear", "kwargs": {"threads": 1}},
+}
 RULES: dict[str, list[dict[str, Any]]] = {
     "huggingface": [],
     "experts": [EXPERTS],
     "attention": [ATTENTION],
     "attention of one layer": [FIRST_ATTENTION],
     "layers": [LAYER],
+    "layers and head": [LAYER, HEAD],
 }
 WITHOUT_INT8 = {
     "huggingface": [],
@@ -218,28 +223,32 @@ def test_angles_of_a_block_are_those_of_each_position(config: PreTrainedConfig) 
         assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_last_norm_is_that_of_transformers(
-    config: PreTrainedConfig, dtype: torch.dtype
+@pytest.mark.parametrize("rules", ["layers", "layers and head"])
+def test_embedding_norm_or_head_that_somebody_watches_or_replaced_is_called(
+    config: PreTrainedConfig, rules: str
 ) -> None:
-    stack = DecoderStack(random_model(config))
-    stack.norm.to(dtype).weight.data.uniform_(0.5, 2)  # type: ignore[operator]  # a norm's
-    x = torch.randn(3, 2, 64, dtype=dtype)[:, -1:]
-    one_step = torch.finfo(dtype).eps  # the mean's order of additions may turn a rounding
-    torch.testing.assert_close(stack._normed(x), stack.norm(x), rtol=2 * one_step, atol=0)
+    model = load(config, rules)
+    assert DecoderStack(model).chain is not None
+    cache = LatentCache.for_model(model, 60)
+    want = prefill(model, IDS[:, :1], cache)
+    seen: list[torch.Tensor] = []
+    for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
+        handle = module.register_forward_hook(lambda _, args, out: seen.append(out))
+        cache.reset()
+        assert torch.allclose(prefill(model, IDS[:, :1], cache), want, rtol=1e-5, atol=1e-5)
+        handle.remove()
+    assert [out.shape[-1] for out in seen] == [64, 64, 96]
+    for name in ("embed_tokens", "norm"):
+        usual = getattr(model.model, name)
+        setattr(model.model, name, torch.nn.Sequential(usual))
+        assert DecoderStack(model).chain is None
+        setattr(model.model, name, usual)
 
 
-def test_another_module_in_the_last_norm_s_place_is_called(config: PreTrainedConfig) -> None:
-    model = random_model(config)
-    model.model.norm = torch.nn.Identity()
-    x = torch.randn(1, 1, 64)
-    assert torch.equal(DecoderStack(model)._normed(x), x)
-
-
-def test_a_hook_of_the_last_norm_is_called(config: PreTrainedConfig) -> None:
-    stack = DecoderStack(random_model(config))
-    stack.norm.register_forward_hook(lambda module, args, out: torch.full_like(out, 7))
-    assert (stack._normed(torch.randn(1, 1, 64)) == 7).all()
+def test_embeddings_of_another_dtype_than_the_layers_are_looked_up_outside() -> None:
+    model = load(v3_config(), "layers")
+    model.model.embed_tokens.to(torch.bfloat16)
+    assert DecoderStack(model).chain is None
 
 
 @pytest.mark.parametrize(
@@ -356,7 +365,7 @@ def test_attention_that_is_causal_gets_no_mask(
     )
     prefill(model, IDS, LatentCache.for_model(model, 40), chunk_size=10)
     handle.remove()
-    causal = rules in ("attention", "layers")
+    causal = rules in ("attention", "layers", "layers and head")
     assert len(made) == (0 if causal else 3)
     assert len(masks) == 3
     assert all((mask is None) == causal for mask in masks[1:])

@@ -104,7 +104,7 @@ def test_rotary_is_that_of_transformers(dtype: torch.dtype) -> None:
     for rotary, expected in want.items():
         out = x.clone()  # in place
         if rotary == "neighbours":
-            _native.rotate(out, torch.view_as_real(pairs), None, out, rotary)
+            _native.rotate(out, pairs, None, out, rotary)
         else:
             _native.rotate(out, cos, sin, out, rotary)
         # Each of two products, and their sum, may be rounded to the type there and not here.
@@ -188,5 +188,5 @@ def test_what_can_not_be_chosen_is_refused() -> None:
         choose(logits, 4, None, groups=4, top_groups=5)
     with pytest.raises(ValueError, match="rotary='both': expected neighbours, "):
         _native.rotate(
-            torch.zeros(1, 1, 8), torch.zeros(1, 1, 4, 2), None, torch.zeros(1, 1, 8), "both"
+            torch.zeros(1, 1, 8), torch.zeros(1, 1, 4) + 0j, None, torch.zeros(1, 1, 8), "both"
         )

@@ -17,6 +17,7 @@ from ktransformers.numa import Placement
 from ktransformers.packing import pack
 from ktransformers.report import count_experts
 from ktransformers.rules import RuleError
+from ktransformers.stack import DecoderStack
 from ktransformers.weights import LoadError
 from tiny_models import random_model, v2_config, v3_config
 
@@ -373,15 +374,117 @@ def test_weights_on_several_nodes_give_the_same_bits(
         assert torch.equal(model(IDS).logits, whole(IDS).logits)
 
 
-def test_layers_in_one_call_want_a_cache_for_each() -> None:
-    none = torch.empty(0)
-    with pytest.raises(ValueError, match="caches: 1, expected one for each of 0 layers"):
-        _native.forward_layers([], none, none, None, [(none, None, none)], none, none, none, none)
-    wrong: Any = None
-    with pytest.raises(ValueError, match="layer 0: expected a DecoderLayer, and latent, scale"):
-        _native.forward_layers(
-            [wrong], none, none, None, [(none, None, none)], none, none, none, none
-        )
+def with_head(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model whose token is one call from its id to the logits."""
+    head = {
+        "match": {"name": "^lm_head$"},
+        "replace": {"class": "ktransformers.operators.linear.CpuLinear", "kwargs": {"threads": 2}},
+    }
+    return optimize_and_load(random_model(config, dtype=dtype), [*rules(weight="int8"), head])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_in_one_call_has_the_bits_that_layers_norm_and_head_give(
+    config: PreTrainedConfig, dtype: torch.dtype
+) -> None:
+    model = with_head(config, dtype)
+    stack = DecoderStack(model)
+    one, each = (LatentCache.for_model(model, 50) for _ in range(2))
+    for position in range(3):  # into an empty cache, too
+        ids = IDS[:, position : position + 1].int()
+        with torch.no_grad():
+            got = stack.last_logits(ids, one)
+            x = model.model.embed_tokens(ids)
+            angles = model.model.rotary_emb(x, torch.tensor([[position]]))
+            for layer in model.model.layers:
+                x = layer(x, past_key_values=each, position_embeddings=angles)
+            normed = torch.empty_like(x[:, 0])
+            norm = model.model.norm
+            _native.rms_norm(x[:, 0], norm.weight, norm.variance_epsilon, normed)
+            want = model.lm_head(normed)
+        assert got.dtype == dtype
+        assert torch.equal(got, want)
+    assert one.get_seq_length() == one.completed() == 3
+
+
+def test_a_token_in_one_call_ends_in_the_norm_where_the_head_is_no_operator(
+    config: PreTrainedConfig,
+) -> None:
+    """The mean's order of additions may turn a rounding, and the norm's product another one."""
+    model = optimize_and_load(random_model(config, dtype=torch.bfloat16), rules())
+    outputs: list[torch.Tensor] = []
+    last = model.model.layers[-1]
+    handle = last.register_forward_hook(lambda _, args, out: outputs.append(out))
+    cache = LatentCache.for_model(model, 50)
+    with torch.no_grad():
+        DecoderStack(model).last_logits(IDS[:, :1], cache)
+        handle.remove()
+        cache.reset()
+        heard: list[torch.Tensor] = []
+        model.lm_head.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+        DecoderStack(model).last_logits(IDS[:, :1], cache)
+        want = model.model.norm(outputs[0])
+    torch.testing.assert_close(heard[0], want, rtol=2 * 2 * U16, atol=0)
+
+
+def token_call(model: PreTrainedModel, **changes: Any) -> None:
+    """Call the native function with what a model has, or something else."""
+    layers = [layer._layer for layer in model.model.layers]
+    cache = LatentCache.for_model(model, 50)
+    caches, pages = cache.make_room_in_all(3, 1)
+    ids = IDS[:, :1].contiguous()
+    angles = model.model.rotary_emb(model.model.norm.weight, torch.zeros(1, 1))
+    cos, sin = model.model.layers[0].angles(angles)
+    arguments = {
+        "layers": layers,
+        "embedding": model.model.embed_tokens.weight,
+        "norm": model.model.norm.weight,
+        "eps": 1e-6,
+        "head": model.lm_head._layer,
+        "token_ids": ids,
+        "cos": cos,
+        "sin": sin,
+        "caches": caches,
+        "block_table": pages.block_table,
+        "lengths": pages.lengths,
+        "out": torch.empty(3, 96),
+    }
+    with torch.no_grad():
+        _native.decode_token(**{**arguments, **changes})
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"layers": []}, ValueError, "caches: 3, expected one for each of 0 layers, of which there"),
+    ({"caches": []}, ValueError, "caches: 0, expected one for each of 3 layers"),
+    ({"layers": [None] * 3}, TypeError, "layer 0: expected a DecoderLayer"),
+    ({"caches": [None] * 3}, ValueError, "layer 0: expected rows as of layer 0, and latent, scale"),
+    ({"head": object()}, TypeError, "head: expected a Linear"),
+    ({"token_ids": torch.tensor([[0], [96], [1]])}, ValueError, "token_ids: 96, expected 0 to 95"),
+    ({"token_ids": torch.tensor([[0], [-1], [1]])}, ValueError, "token_ids: -1, expected 0 to 95"),
+    ({"token_ids": IDS[:, :2].contiguous()}, ValueError, r"token_ids: expected shape \[\*, 1\]"),
+    ({"embedding": torch.zeros(96, 63)}, ValueError, r"embedding: expected shape \[\*, 64\]"),
+    ({"norm": torch.zeros(64, dtype=torch.bfloat16)}, TypeError, "norm: expected float32"),
+    ({"out": torch.empty(3, 64)}, ValueError, r"out: expected shape \[3, 96\]"),
+    ({"out": torch.empty(3, 96), "head": None}, ValueError, r"out: expected shape \[3, 64\]"),
+]
+
+
+def test_a_token_in_one_call_says_what_does_not_fit() -> None:
+    model = with_head(v3_config(), torch.float32)
+    token_call(model)
+    for changes, error, reason in WRONG:
+        with pytest.raises(error, match=reason):
+            token_call(model, **changes)
+
+
+def test_layers_and_a_head_of_other_sizes_are_no_token_in_one_call() -> None:
+    model = with_head(v3_config(), torch.float32)
+    narrow = with_head(v3_config(hidden_size=32), torch.float32)
+    layers = [model.model.layers[0]._layer, *(layer._layer for layer in narrow.model.layers[1:])]
+    with pytest.raises(ValueError, match="layer 1: expected rows as of layer 0"):
+        token_call(model, layers=layers)
+    with pytest.raises(ValueError, match="in_features of head: 32, expected 64"):
+        token_call(model, head=narrow.lm_head._layer)
 
 
 @pytest.mark.parametrize("padding", [None, LEFT])
