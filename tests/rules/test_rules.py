@@ -280,7 +280,7 @@ def test_a_shipped_file_is_found_by_name_from_anywhere(write: Write) -> None:
     assert "tiny-cpu-int8" in shipped_rules()
     rule = load_rules(write("include: tiny-cpu-int8"), overrides=["threads=2"])[0]
     assert rule.where == "tiny-cpu-int8.yaml:8"
-    assert rule.kwargs == {"weight": "int8", "threads": 2}
+    assert rule.kwargs == {"weight": "int8", "threads": 2, "cache_format": "int8"}
     operator = "ktransformers.operators.decoder_layer.CpuDecoderLayer"
     assert load_rules("tiny-cpu-int8.yaml")[0].class_path == operator
 
