@@ -154,10 +154,13 @@ class Compared:
 
 
 @contextmanager
-def peer_model(name: str, folder: Path, variant: ModelVariant) -> Iterator[Worker]:
+def peer_model(
+    name: str, folder: Path, variant: ModelVariant, figures: Sequence[Figure] = FIGURES
+) -> Iterator[Worker]:
     """Start the process of a model in a peer, and end it. Raises CannotRun."""
+    most = max(figure.tokens + figure.new for figure in figures) + SPARE
     command = [str(WORKER), name, "--folder", str(folder), "--format", variant.format]
-    command += ["--threads", str(variant.threads), "--max-tokens", str(max(PREFILL) + SPARE)]
+    command += ["--threads", str(variant.threads), "--max-tokens", str(most)]
     command += [f"--{'' if on else 'no-'}{flag}" for flag, on in flags(variant).items()]
     with started(command, variant.threads) as process:
         yield process
@@ -185,12 +188,17 @@ def make_reference(folder: Path, threads: int) -> None:
 
 
 def compare(
-    ours: Ours, vocabulary: int, variant: ModelVariant, peer: Worker, rounds: int
+    ours: Ours,
+    vocabulary: int,
+    variant: ModelVariant,
+    peer: Worker,
+    figures: Sequence[Figure],
+    rounds: int,
 ) -> list[Compared]:
     """Measure both in every round, after one that does not count."""
-    results = [Compared(figure.name, variant) for figure in FIGURES]
+    results = [Compared(figure.name, variant) for figure in figures]
     for number in range(rounds + 1):
-        for figure, result in zip(FIGURES, results, strict=True):
+        for figure, result in zip(figures, results, strict=True):
             pair = figure.ours(ours, vocabulary), figure.theirs(peer)
             if number:
                 result.ours.append(pair[0])
@@ -203,7 +211,9 @@ def fastest(results: Sequence[Compared]) -> Compared:
     return max(results, key=lambda result: result.speed)
 
 
-def measured(name: str, weight: str, layers: int, rounds: int) -> Report:
+def measured(
+    name: str, weight: str, layers: int, rounds: int, figures: Sequence[Figure] = FIGURES
+) -> Report:
     """Compare with each variant of a peer. Raises CannotRun."""
     threads = _native.default_threads()
     variants = load_model_peer(name).variants(weight, threads)
@@ -214,10 +224,10 @@ def measured(name: str, weight: str, layers: int, rounds: int) -> Report:
     cosines = {"ours": check(folder, "ours", weight, checked_logits(ours.prefill, vocabulary))}
     results: list[Compared] = []
     for variant in variants:
-        with peer_model(name, folder, variant) as peer:
+        with peer_model(name, folder, variant, figures) as peer:
             logits = torch.tensor(peer.ask("logits"))
             cosines[str(variant)] = check(folder, name, variant.format, logits)
-            results += compare(ours, vocabulary, variant, peer, rounds)
+            results += compare(ours, vocabulary, variant, peer, figures, rounds)
     print(f"{layers} layers, {weight}, {threads} threads, {_native.isa()}; against {name}")
     for who, found in cosines.items():
         print(f"{who}: cosine {found:.4f} with transformers, {len(CHECKED_PROMPTS)} prompts")
@@ -231,15 +241,15 @@ def ratios(results: Sequence[Compared]) -> Report:
     Of the ways to run a format, and of all formats, the one that makes the peer fastest counts.
     """
     report: Report = {}
-    for figure in FIGURES:
-        of_figure = [result for result in results if result.figure == figure.name]
+    for figure in dict.fromkeys(result.figure for result in results):
+        of_figure = [result for result in results if result.figure == figure]
         best = fastest(of_figure)
-        report[f"{figure.name}_over_best"] = best.ratios()[1]
-        report[f"{figure.name}_tok_s"] = statistics.median(best.ours)
+        report[f"{figure}_over_best"] = best.ratios()[1]
+        report[f"{figure}_tok_s"] = statistics.median(best.ours)
         for name in sorted({result.variant.format for result in of_figure}):
             found = fastest([result for result in of_figure if result.variant.format == name])
-            report[f"{figure.name}_over_{name}"] = found.ratios()[1]
-            report[f"{figure.name}_of_{name}"] = [found.speed, str(found.variant)]
+            report[f"{figure}_over_{name}"] = found.ratios()[1]
+            report[f"{figure}_of_{name}"] = [found.speed, str(found.variant)]
     return report
 
 
@@ -255,14 +265,17 @@ def stand_in(report: Report, weight: str) -> Report:
     return turned | {"stands_in": STAND_IN}
 
 
-def report_of(peer: str, weight: str, layers: int, rounds: int) -> Report:
+def report_of(
+    peer: str, weight: str, layers: int, rounds: int, figures: Sequence[Figure] = FIGURES
+) -> Report:
     """Measure beside a peer, or what stands in for it. Raises CannotRun."""
     reason, cannot = why_absent(peer)
     if reason is None:
-        return measured(peer, weight, layers, rounds)
-    if peer == "ik_llama.cpp" and cannot and why_absent(STAND_IN)[0] is None:
+        return measured(peer, weight, layers, rounds, figures)
+    is_known = {figure.name for figure in figures} <= IK_OVER_LLAMA[weight].keys()
+    if peer == "ik_llama.cpp" and cannot and is_known and why_absent(STAND_IN)[0] is None:
         print(f"{reason}; {STAND_IN} stands in for it")
-        return stand_in(measured(STAND_IN, weight, layers, rounds), weight)
+        return stand_in(measured(STAND_IN, weight, layers, rounds, figures), weight)
     raise Missing(reason, cannot)
 
 
@@ -275,13 +288,18 @@ def main(
     weight: Annotated[str, typer.Option(help="Our rule file's format: int8 or int4.")] = "int8",
     layers: Annotated[int, typer.Option(min=2, help="Layers of the model.")] = LAYERS,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of all measurements.")] = 3,
+    after: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure only decode after so many tokens: each takes a prefill."),
+    ] = None,
     save: Annotated[bool, typer.Option(help="Keep the figures in benchmarks/results/.")] = False,
 ) -> None:
     """Measure a whole model beside another engine; the last line is one JSON object."""
-    name = f"end-to-end-{peer}-{weight}"
+    figures = FIGURES if after is None else (Figure(f"decode_at_{after}", after, NEW),)
+    name = f"end-to-end-{peer}-{weight}" + ("" if after is None else f"-after-{after}")
     report: Report = {"peer": peer, "weight": weight, "layers": layers}
     try:
-        emit(name, report | report_of(peer, weight, layers, rounds), save=save)
+        emit(name, report | report_of(peer, weight, layers, rounds, figures), save=save)
         return
     except CannotRun as error:
         reason, cannot = str(error), True

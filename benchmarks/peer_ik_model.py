@@ -37,7 +37,8 @@ def load(folder: Path, variant: ModelVariant, max_tokens: int) -> IkEngine:
     if not model:
         raise CannotRun(f"ik_llama.cpp can't load {path}")
     setting = library.llama_context_default_params()
-    setting.n_ctx = setting.n_batch = setting.n_ubatch = max_tokens
+    setting.n_ctx = setting.n_batch = max_tokens
+    setting.n_ubatch = min(max_tokens, peer_llama_model.MOST_AT_ONCE)
     setting.n_threads = setting.n_threads_batch = variant.threads
     setting.flash_attn, setting.mla_attn, setting.fused_moe_up_gate = variant.flash, MLA, True
     context = library.llama_init_from_model(model, setting)

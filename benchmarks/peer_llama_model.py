@@ -23,6 +23,7 @@ from whole_model import Ids, ModelVariant, locked, vocab_size
 
 FORMATS = {"int8": ("Q8_0",), "int4": ("Q4_0", "Q4_K_M")}
 FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}  # of enum llama_ftype
+MOST_AT_ONCE = 2048  # tokens that it computes together, of longer prompts
 FLASH_TYPES = {False: 0, True: 1}  # of enum llama_flash_attn_type
 DISK = 1.7  # of the bytes of a model in bf16: a copy in GGUF while quantising, and the result
 
@@ -93,7 +94,8 @@ def load(folder: Path, variant: ModelVariant, max_tokens: int) -> LlamaEngine:
     if not model:
         raise CannotRun(f"llama.cpp can't load {path}")
     setting = library.llama_context_default_params()
-    setting.n_ctx = setting.n_batch = setting.n_ubatch = max_tokens
+    setting.n_ctx = setting.n_batch = max_tokens
+    setting.n_ubatch = min(max_tokens, MOST_AT_ONCE)
     setting.n_threads = setting.n_threads_batch = variant.threads
     setting.flash_attn_type = FLASH_TYPES[variant.flash]
     context = library.llama_init_from_model(model, setting)

@@ -217,6 +217,10 @@ def test_a_fork_that_cannot_be_had_is_replaced_and_one_that_is_not_there_is_miss
     report = end_to_end.report_of("ik_llama.cpp", "int8", 2, 1)
     assert report["prefill_512_over_best"] == pytest.approx(2)
     assert measured == ["llama.cpp"]
+    with pytest.raises(end_to_end.Missing):  # nobody knows how much faster the fork would be there
+        end_to_end.report_of(
+            "ik_llama.cpp", "int8", 2, 1, (end_to_end.Figure("decode_at_9", 9, 2),)
+        )
     row = next(t for t in target_rows.TARGETS if t.promise.endswith("ik_llama.cpp: prefill 512"))
     assert targets.judge(row, report) == (0, "2, llama.cpp stands in", "yes")
 
