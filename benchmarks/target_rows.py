@@ -235,8 +235,8 @@ def _whole_model_targets() -> Iterator[Target]:
     ):
         promise = f"whole model, {weight}: decode at 8,192 tokens over that at 128"
         yield Target(promise, command, itemgetter("long_over_short"), at_least=bound)
-    promise = "whole model, int8: share of decode outside of kernels"
-    yield Target(promise, int8, itemgetter("overhead_share"), at_most=0.05)
+        promise = f"whole model, {weight}: share of decode outside of kernels"
+        yield Target(promise, command, itemgetter("overhead_share"), at_most=0.05)
     for phase, doing in (("loading", "loading"), ("reading", "a prompt of 8K tokens")):
         promise = f"whole model, int8: memory of {doing}, peak over the bound"
         yield Target(promise, MODEL_MEMORY, itemgetter(f"{phase}_share_of_bound"), at_most=1)
