@@ -108,7 +108,8 @@ class LatentLayer(CacheLayerMixin):
                     torch.empty(*shape, R, dtype=rope, device=device),
                 )
             if self.format in SCALED:
-                scale = torch.empty(*shape, *scale_shape(self.format, C), device=device)
+                groups = scale_shape(self.format, C)
+                scale = torch.empty(*shape, *groups, dtype=torch.float32, device=device)
         (self.latent, self.rope), self.scale, self.rows = made, scale, rows
 
     def tensors(self) -> dict[str, torch.Tensor]:

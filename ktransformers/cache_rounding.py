@@ -65,9 +65,11 @@ def _int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     m, C = rows.shape
     (G,) = scale_shape("int8", C)
     # Zeros change no group's largest magnitude.
-    groups = torch.nn.functional.pad(rows, (0, -C % GROUP)).view(-1, GROUP)
+    groups = torch.nn.functional.pad(rows.contiguous(), (0, -C % GROUP)).view(-1, GROUP)
     q = torch.empty(groups.shape, dtype=torch.int8)
-    scale, total = torch.empty(len(groups)), torch.empty(len(groups), dtype=torch.int32)
+    count = len(groups)
+    scale = torch.empty(count, dtype=torch.float32)
+    total = torch.empty(count, dtype=torch.int32)
     if rows.dtype == torch.float16:
         groups = groups.float()
     _native.quantize_rows(groups, q, scale, total)

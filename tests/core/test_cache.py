@@ -207,6 +207,27 @@ def test_an_outlier_among_int8_latents_costs_its_own_group_alone(outlier: int) -
     assert (got[..., hit] == 0).sum() == 2 * 5 * (hit.sum() - 1)  # the step is 79
 
 
+def test_int8_latents_may_lie_in_any_order_in_memory() -> None:
+    latent, rope = states(1, 5, 256)  # whole groups, which need no padding
+    turned = latent.transpose(2, 3).contiguous().transpose(2, 3)
+    got, want = (
+        LatentCache(v3_config(kv_lora_rank=256), 10, "int8").update(each, rope, 0)[0]
+        for each in (turned, latent)
+    )
+    assert torch.equal(got, want)
+
+
+def test_scales_are_fp32_whatever_torch_makes_tensors_in() -> None:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        cache = LatentCache(v3_config(kv_lora_rank=300), 10, "int8")
+        cache.update(*wide(5), 0)
+    finally:
+        torch.set_default_dtype(usual)
+    assert cache.layers[0].tensors()["scale"].dtype == torch.float32
+
+
 @pytest.mark.parametrize(("format", "nbytes"), [("bf16", 576 * 2), ("int8", 512 + 16 + 64 * 2)])
 def test_a_token_takes_576_values_of_a_layer(format: Any, nbytes: int) -> None:
     config = v3_config(kv_lora_rank=512, qk_rope_head_dim=64)
