@@ -47,6 +47,7 @@ class KvFormat(str, Enum):
 
     auto = "auto"
     bf16 = "bf16"
+    fp32 = "fp32"
     int8 = "int8"
     fp8 = "fp8"
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from ktransformers import optimize_and_load
-from ktransformers.cache import LatentCache
+from ktransformers.cache import Format, LatentCache
+from ktransformers.cli.common import KvFormat
 from ktransformers.generation import (
     Timing,
     TimingStreamer,
@@ -444,3 +445,7 @@ def test_one_new_token_has_no_decode_speed(
     list(stream(model, tokenizer, input_ids, timing=timing, max_new_tokens=1, **GREEDY))
     assert timing.prefill_speed is not None
     assert timing.decode_speed is None
+
+
+def test_a_cache_may_be_asked_for_in_every_format() -> None:
+    assert {each.value for each in KvFormat} == {"auto", *get_args(Format)}
