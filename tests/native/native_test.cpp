@@ -202,9 +202,11 @@ void test_more_than_one_chunk(std::mt19937& random, kt::weight_format format) {
   }
 }
 
-// Two sequences in pages of 16 tokens, the last of them not full, with holes.
-void test_attention(std::mt19937& random, kt::weight_format format) {
-  const int64_t heads = 3, latent = 48, rope = 8, nope = 24, value = 40, page = 16, tokens = 5;
+// Two sequences of 5 queries for each head in pages of 16 tokens, the last of them not full, with
+// holes.
+void test_attention(std::mt19937& random, kt::weight_format format, kt::latent_type cached,
+                    int64_t heads, int64_t latent) {
+  const int64_t rope = 8, nope = 24, value = 40, page = 16, tokens = 5;
   std::vector<char> uk, uk_scale, uv, uv_scale;
   for (int64_t h = 0; h < heads; ++h) {
     pack_into(format, random, latent, nope, &uk, &uk_scale);
@@ -225,6 +227,9 @@ void test_attention(std::mt19937& random, kt::weight_format format) {
   for (size_t i = 0; i < valid.size(); i += 7) valid[i] = 0;
   const std::vector<float> q = normal(random, 2 * tokens * heads * (nope + rope));
   const std::vector<float> c = normal(random, 20 * page * latent);
+  const std::vector<int8_t> integers(c.begin(), c.end());
+  const std::vector<float> scale = normal(random, 20 * page * kt::latent_groups(latent));
+  const bool is_int8 = cached == kt::latent_type::int8;
   const std::vector<float> r = normal(random, 20 * page * rope);
   std::vector<float> out(static_cast<size_t>(2 * tokens * heads * value));
   const kt::mla_input input{
@@ -234,8 +239,9 @@ void test_attention(std::mt19937& random, kt::weight_format format) {
       out.data(),
       kt::float_type::fp32,
       0.2f,
-      {page, c.data(), kt::latent_type::fp32, nullptr, r.data(), kt::float_type::fp32, table.data(),
-       10, lengths.data(), valid.data(), 150}};
+      {page, is_int8 ? static_cast<const void*>(integers.data()) : c.data(), cached,
+       is_int8 ? scale.data() : nullptr, r.data(), kt::float_type::fp32, table.data(), 10,
+       lengths.data(), valid.data(), 150}};
   for (kt::mla_form form : {kt::mla_form::absorbed, kt::mla_form::expanded}) {
     for (isa level : usable_for(format)) {
       std::vector<float> expected;
@@ -437,8 +443,10 @@ int main() {
     test_every_isa_and_thread_count(random, format);
     test_more_than_one_chunk(random, format);
     test_parts(random, format);
-    test_attention(random, format);
+    test_attention(random, format, kt::latent_type::fp32, 3, 48);
   }
+  // A block of queries and one, a group of latents and the rest.
+  test_attention(random, {kt::weight_kind::bf16, 0}, kt::latent_type::int8, 13, 136);
   test_concurrent_callers(random);
 #if !defined(__SANITIZE_THREAD__)
   test_fork(random);
