@@ -87,14 +87,17 @@ def test_every_token_counts_once(length: int, form: Form) -> None:
 
 @every_product
 @both_forms
-def test_later_tokens_are_not_seen(kernels: Variant, form: Form) -> None:
+@pytest.mark.parametrize("cache", ["bf16", "int8"])
+def test_later_tokens_are_not_seen(kernels: Variant, form: Form, cache: str) -> None:
     """An output does not change by a bit with what follows."""
     of = random_attention(SMALL)
     layer = of.native(kernels.native, isa=kernels.isa)
-    request = random_request(SMALL, [80], 20)
+    request = random_request(SMALL, [80], 20, cache=cache)
     out = forward(layer, request, form)
     page, row = int(request.block_table[0, 70 // 16]), 70 % 16
-    request.latent[page, row] = 100.0
+    request.latent[page, row] = 100
+    if request.latent_scale is not None:
+        request.latent_scale[page, row] = 1
     changed = forward(layer, request, form)
     assert same_bits(changed[0, :10].contiguous(), out[0, :10].contiguous())
     assert (changed[0, 10:] != out[0, 10:]).any(-1).all()
@@ -111,9 +114,10 @@ def test_later_tokens_are_not_seen(kernels: Variant, form: Form) -> None:
     ],
     ids=lambda sizes: f"{sizes.heads}-heads-of-{sizes.latent}",
 )
-def test_sizes_that_need_padding_or_are_real(sizes: Sizes, form: Form) -> None:
+@pytest.mark.parametrize("cache", ["bf16", "int8"])
+def test_sizes_that_need_padding_or_are_real(sizes: Sizes, form: Form, cache: str) -> None:
     of = random_attention(sizes)
-    request = random_request(sizes, [70, 33], 2)
+    request = random_request(sizes, [70, 33], 2, cache=cache)
     assert share_of_bound(of, request, forward(of.native(), request, form), form) <= 1
 
 
@@ -192,11 +196,12 @@ def test_query_that_sees_nothing_gives_zeros(form: Form) -> None:
 
 @every_product
 @both_forms
+@pytest.mark.parametrize("cache", ["bf16", "int8"])
 def test_output_depends_neither_on_threads_nor_on_other_sequences(
-    kernels: Variant, form: Form
+    kernels: Variant, form: Form, cache: str
 ) -> None:
     of = random_attention(SMALL)
-    request = random_request(SMALL, [300, 5, 64, 129], 3)
+    request = random_request(SMALL, [300, 5, 64, 129], 3, cache=cache)
     together = forward(of.native(kernels.native, isa=kernels.isa, threads=1), request, form)
     for threads in (1, 2, 3):
         layer = of.native(kernels.native, isa=kernels.isa, threads=threads)
