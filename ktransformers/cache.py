@@ -121,7 +121,10 @@ class LatentCache(Cache):
         operators = (module for module in model.modules() if isinstance(module, Operator))
         planned = sorted({each.cache_format for each in operators if each.cache_format})
         if format is None and len(planned) > 1:
-            raise ValueError(f"layers were planned for caches in {', '.join(planned)}: pass format")
+            raise ValueError(
+                f"layers were planned for caches in {', '.join(planned)}: give all rules one "
+                "cache_format, or pass format (--cache-format)"
+            )
         return cls(model.config, max_tokens, format or (planned[0] if planned else exact))  # type: ignore[arg-type]  # what is none, the next line refuses
 
     @property

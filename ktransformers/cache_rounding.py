@@ -23,11 +23,17 @@ FP8_CAPABILITY = (8, 9)  # Ada and Hopper: instructions that convert e4m3
 def check_format(format: str, device: torch.device) -> None:
     """Raise ValueError where latents of a format can't lie on a device."""
     if format == "int8" and device.type != "cpu":
-        raise ValueError(f"int8 latents are for the CPU: on {device} take fp8, bf16 or fp32")
+        raise ValueError(
+            f"int8 latents are for the CPU: on {device} take fp8, bf16 or fp32 (cache_format of "
+            "the rules, or --cache-format)"
+        )
     if format != "fp8":
         return
     if device.type == "cpu" and not interpreting():
-        raise ValueError("fp8 latents are for GPUs: on the CPU take int8, bf16 or fp32")
+        raise ValueError(
+            "fp8 latents are for GPUs: on the CPU take int8, bf16 or fp32 (cache_format of the "
+            "rules, or --cache-format)"
+        )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise ValueError(
             f"fp8 latents need a GPU of compute capability 8.9 or later, and {device} is a "

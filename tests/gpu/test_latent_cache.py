@@ -82,8 +82,8 @@ def test_values_move_to_where_the_next_ones_come_from(device: torch.device) -> N
 
 
 def test_formats_are_refused_where_they_can_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="int8 latents are for the CPU: on cuda:0 take fp8, bf16"):
+    with pytest.raises(ValueError, match=r"on cuda:0 take fp8, bf16 or fp32 \(cache_format of"):
         check_format("int8", torch.device("cuda:0"))
     monkeypatch.setattr(cache_rounding, "interpreting", lambda: False)
-    with pytest.raises(ValueError, match="fp8 latents are for GPUs: on the CPU take int8, bf16"):
+    with pytest.raises(ValueError, match=r"on the CPU take int8, bf16 or fp32 \(cache_format of"):
         LatentCache(v3_config(), 100, "fp8").update(*states(1, 1, torch.device("cpu"), 0), 0)
