@@ -145,6 +145,10 @@ class DecoderStack:
         norm: Any = self.norm
         if type(embedding) is not nn.Embedding or type(norm) not in NORMS:
             return None
+        if embedding.max_norm is not None or (
+            torch.is_grad_enabled() and embedding.weight.requires_grad
+        ):
+            return None
         tensors = embedding.weight.detach(), norm.weight.detach()
         if any(tensor.device.type != "cpu" for tensor in tensors):
             return None

@@ -251,6 +251,17 @@ def test_embeddings_of_another_dtype_than_the_layers_are_looked_up_outside() -> 
     assert DecoderStack(model).chain is None
 
 
+def test_embeddings_that_change_or_learn_where_they_are_looked_up_are_called() -> None:
+    embedding = (model := load(v3_config(), "layers")).model.embed_tokens
+    embedding.max_norm = 1.0
+    assert DecoderStack(model).chain is None
+    embedding.max_norm = None
+    embedding.weight.requires_grad_(requires_grad=True)
+    assert DecoderStack(model).chain is None
+    with torch.no_grad():
+        assert DecoderStack(model).chain is not None
+
+
 @pytest.mark.parametrize(
     "options",
     [
