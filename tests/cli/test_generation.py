@@ -143,8 +143,9 @@ def test_what_the_loop_does_not_do_streams_through_generate(
         stream(model, tokenizer, input_ids, max_new_tokens=20, **GREEDY)
     )
     assert timing.new_tokens == 20
-    with pytest.raises(ValueError, match="beam"):
-        list(stream(model, tokenizer, input_ids, num_beams=2, **options))
+    for sampled in ({}, {"do_sample": True}):
+        with pytest.raises(ValueError, match="^num_beams=2: which beam is best shows at the end"):
+            list(stream(model, tokenizer, input_ids, num_beams=2, **options | sampled))
 
 
 def test_a_stop_string_of_the_model_itself_is_heard(
