@@ -94,6 +94,13 @@ def local_chat(
             help="cpu: choose no rule file for GPUs.  [default: one, where it fits those here]",
         ),
     ] = None,
+    cache_format: Annotated[
+        KvFormat,
+        typer.Option(
+            "--cache_format",
+            help="What cached latents are kept in; auto: what the rules say, or the model's own.",
+        ),
+    ] = KvFormat.auto,
     temperature: Annotated[
         float | None,
         typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token."),
@@ -157,7 +164,7 @@ def local_chat(
     if opened.tokenizer.chat_template is None:
         typer.echo("no chat template: the model continues what you type", err=True)
     settings = {
-        "cache": opened.new_cache(cache_lens, KvFormat.auto),
+        "cache": opened.new_cache(cache_lens, cache_format),
         "chunk_size": chunk_size,
         **sampling,
     }

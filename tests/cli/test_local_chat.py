@@ -109,6 +109,17 @@ def test_sampling_can_be_chosen(folder: Path, prompt_file: Path, rule_file: Path
     assert likeliest[3] not in penalised
 
 
+def test_the_format_of_the_cache_can_be_chosen(
+    folder: Path, prompt_file: Path, rule_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # a GPU on the CPU would take fp8
+    files = ["--model_path", folder, "--prompt_file", prompt_file]
+    options = ["--optimize_config_path", rule_file, "--max_new_tokens", 1, "--cache_format"]
+    assert call(*files, *options, "fp32").code == 0
+    refused = call(*files, *options, "fp8")
+    assert "fp8 latents are for GPUs: on the CPU take int8, bf16 or fp32" in refused.err
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
