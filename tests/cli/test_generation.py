@@ -144,7 +144,7 @@ def test_what_the_loop_does_not_do_streams_through_generate(
     )
     assert timing.new_tokens == 20
     for sampled in ({}, {"do_sample": True}):
-        with pytest.raises(ValueError, match="^num_beams=2: which beam is best shows at the end"):
+        with pytest.raises(ValueError, match=r"^num_beams=2: which beam is best shows at the end"):
             list(stream(model, tokenizer, input_ids, num_beams=2, **options | sampled))
 
 
