@@ -204,6 +204,8 @@ def _generate(
             check = _raises_once(stop)
             decode(model, request, cache, logits, streamer.put_token, check, graph=graph)
             return
+    if graph:
+        raise ValueError("tokens are one graph in our own loop, which this request is not for")
     config = sampling.get("generation_config") or model.generation_config
     beams = sampling.get("num_beams") or getattr(config, "num_beams", None) or 1
     if beams > 1:
@@ -211,8 +213,6 @@ def _generate(
             f"num_beams={beams}: which beam is best shows at the end, so there is no text to "
             "stream; call generate"
         )
-    if graph:
-        raise ValueError("tokens are one graph in our own loop, which this request is not for")
     options = dict(sampling)
     if stop_strings(model, sampling):
         options["tokenizer"] = tokenizer
